@@ -1,0 +1,116 @@
+"""Calibration images: drawn from a config's training set or a plain folder, through the config's test pipeline."""
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import init_default_scope
+
+from apq_mmdet.errors import BadInputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class CalibrationImages(Sequence):
+    """Images for calibration, one sample of the test pipeline each; annotations are never read.
+
+    Args:
+        images: (id, path) of each image.
+        pipeline: transforms of the test pipeline, as config dicts; those that load annotations are left out.
+
+    Attributes:
+        ids: the images' ids, in order.
+        paths: their paths.
+    """
+
+    def __init__(self, images: Sequence[tuple[Any, str]], pipeline: Sequence[dict[str, Any]]) -> None:
+        self.ids = [image_id for image_id, _ in images]
+        self.paths = [path for _, path in images]
+        steps = [step for step in pipeline if "Annotations" not in step["type"]]
+        self._pipeline = Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The packed sample: ``inputs`` [3, H, W] and ``data_samples``."""
+        return self._pipeline(
+            dict(img_path=self.paths[index], img_id=self.ids[index], instances=[], flip=False, flip_direction=None)
+        )
+
+    def check(self) -> None:
+        """Raise BadInputError with the path of the first image that is missing or cannot be decoded."""
+        for index, path in enumerate(self.paths):
+            if not os.path.isfile(path):
+                raise BadInputError(f"calibration image {path} does not exist")
+            try:
+                self[index]
+            except Exception as error:
+                raise BadInputError(f"calibration image {path} cannot be read: {error}") from error
+
+    def refuse_overlap(self, evaluated: Sequence[str]) -> None:
+        """Raise BadInputError if an image is among the ``evaluated`` paths: AP would be measured on seen images."""
+        shared = {os.path.realpath(p) for p in self.paths} & {os.path.realpath(p) for p in evaluated}
+        if shared:
+            raise BadInputError(
+                f"{len(shared)} of {len(self)} calibration images are evaluated images, e.g. {min(shared)}; "
+                f"calibrate on training images or on another folder"
+            )
+
+
+def _innermost(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The data set inside wrappers such as RepeatDataset, MultiImageMixDataset, ClassBalancedDataset."""
+    while "dataset" in dataset:
+        dataset = dataset["dataset"]
+    return dataset["datasets"][0] if "datasets" in dataset else dataset
+
+
+def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
+    """The config's test pipeline, as dicts.
+
+    Raises:
+        BadInputError: the config has no test pipeline.
+    """
+    try:
+        return _innermost(cfg.test_dataloader.dataset)["pipeline"]
+    except (AttributeError, KeyError) as error:
+        raise BadInputError("the config has no test_dataloader.dataset.pipeline") from error
+
+
+def choose(images: list[tuple[Any, str]], num: int, seed: int, where: str) -> list[tuple[Any, str]]:
+    """``num`` images by a seeded rule: sorted by id, then drawn without replacement."""
+    if num < 1:
+        raise BadInputError(f"num_calib must be at least 1, got {num}")
+    if len(images) < num:
+        raise BadInputError(f"{num} calibration images asked for, {where} holds {len(images)}")
+    ordered = sorted(images, key=lambda image: (str(type(image[0])), image[0]))
+    return random.Random(seed).sample(ordered, num)
+
+
+def calibration_from_folder(cfg: Config, folder: str, num: int, seed: int) -> CalibrationImages:
+    """``num`` images of a folder (not its subfolders); ids are the file names."""
+    if not os.path.isdir(folder):
+        raise BadInputError(f"calibration folder {folder} does not exist")
+    images = [(p.name, str(p)) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES]
+    return CalibrationImages(choose(images, num, seed, f"folder {folder}"), test_pipeline(cfg))
+
+
+def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImages:
+    """``num`` images of the config's training set."""
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    try:
+        config = dict(_innermost(cfg.train_dataloader.dataset), pipeline=[])
+    except (AttributeError, KeyError) as error:
+        raise BadInputError("the config has no train_dataloader.dataset: give a folder with --calib-dir") from error
+    try:
+        dataset = DATASETS.build(config)
+    except FileNotFoundError as error:
+        raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    images = [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos]
+    return CalibrationImages(choose(images, num, seed, "the training set"), test_pipeline(cfg))

@@ -1,0 +1,56 @@
+"""A contact sheet of the demo set, with the annotations drawn in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .demo import demo_image
+from .scene import LONG_SIDE, Image, Instance
+from .shapes import CLASSES
+
+PALETTE = (
+    (0, 0, 255),
+    (255, 128, 0),
+    (0, 255, 255),
+    (0, 128, 255),
+    (0, 255, 0),
+    (255, 0, 128),
+    (255, 255, 0),
+    (255, 0, 255),
+)
+
+
+def draw_instances(image: Image, instances: list[Instance]) -> Image:
+    """Outline, box and class name of every instance, on a copy of the BGR image (H, W, 3)."""
+    picture = image.copy()
+    for instance in instances:
+        colour = PALETTE[instance.label]
+        contours = cv2.findContours(instance.mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+        cv2.drawContours(picture, contours, -1, colour, 1)
+        x, y, width, height = cv2.boundingRect(instance.mask.astype(np.uint8))
+        cv2.rectangle(picture, (x, y), (x + width - 1, y + height - 1), colour, 1)
+        cv2.putText(
+            picture,
+            CLASSES[instance.label],
+            (x + 2, y + 10),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.35,
+            (255, 255, 255),
+            1,
+        )
+    return picture
+
+
+def contact_sheet(out: Path, seed: int, rows: int = 1, columns: int = 5) -> None:
+    """Write the first val images of a seed as one picture."""
+    sheet = np.zeros((rows * LONG_SIDE, columns * LONG_SIDE, 3), np.uint8)
+    for index in range(rows * columns):
+        picture = draw_instances(*demo_image(seed, "val", index))
+        y, x = (n * LONG_SIDE for n in divmod(index, columns))
+        sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(out), sheet):
+        raise OSError(f"could not write {out}")
