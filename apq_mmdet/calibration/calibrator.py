@@ -1,0 +1,232 @@
+"""The calibration of a quantized model: observe, disturb, then search block by block."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from apq_mmdet.calibration.blocks import BlockCall, CaptureStore, partition, watch_blocks
+from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
+from apq_mmdet.calibration.recipe import Recipe, SearchConfig
+from apq_mmdet.calibration.sampling import sample_call, stack_calls
+from apq_mmdet.calibration.search import search_block
+from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+
+class BlockStates(Protocol):
+    """Where finished blocks are kept, so that a killed calibration can go on."""
+
+    def load(self, block: str) -> dict[str, Tensor] | None:
+        """State of a finished block's quantizers, or None."""
+
+    def save(self, block: str, state: dict[str, Tensor]) -> None:
+        """Keep the state of a block that has just been finished."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What the calibration of one block did: wall-clock seconds and the chosen range factor by layer and role."""
+
+    block: str
+    seconds: float
+    factors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """Reports of all blocks, and the (layer, role) pairs that saw no data and were left float."""
+
+    blocks: list[BlockReport]
+    left_float: list[tuple[str, str]]
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Sequence[Any],
+    recipe: Recipe,
+    task: CalibrationTask | None = None,
+    states: BlockStates | None = None,
+    seed: int = 0,
+) -> CalibrationReport:
+    """Find the parameters of all quantizers of a model that ``quantize_model`` converted.
+
+    Args:
+        model: quantized model with its float weights loaded; evaluated in eval mode.
+        samples: calibration samples in the form that the task takes; each is used as one image.
+        recipe: what to search and how.
+        task: runs the model and gives the distillation loss; by default the model is called on each sample.
+        states: keeps finished blocks; those already kept are not searched again.
+        seed: of the random samplers of the fast recipes.
+
+    Raises:
+        CalibrationError: no samples, a quantizer that saw no data, a zero or non-finite gradient.
+    """
+    if not len(samples):
+        raise CalibrationError("no calibration samples")
+    task = task or FeatureTask()
+    blocks = partition(model)
+    was_training = model.training
+    model.eval()
+    try:
+        with CaptureStore() as store, torch.no_grad():
+            teachers = _float_pass(model, blocks, samples, task, store)
+            left_float = _handle_unseen(model, recipe.on_unseen)
+            for quantizer in quantizers_of(model):
+                quantizer.set_range_factor(1.0)
+            reports: list[BlockReport] = []
+            if recipe.search is not None:
+                with tqdm(total=len(samples), desc="gradients", unit="image") as bar:
+                    capture_gradients(model, blocks, list(samples), task, teachers, store, bar.update)
+                reports = _search_blocks(model, blocks, samples, teachers, recipe.search, task, store, states, seed)
+    finally:
+        model.train(was_training)
+    return CalibrationReport(reports, left_float)
+
+
+def _float_pass(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    samples: Sequence[Any],
+    task: CalibrationTask,
+    store: CaptureStore,
+) -> list[tuple[Any, Any]]:
+    """Observe every activation range, record every block call; returns the teacher's outputs of each sample."""
+    teachers = []
+    for image, sample in enumerate(tqdm(samples, desc="float pass", unit="image")):
+
+        def see(name: str, args: tuple, kwargs: dict, output: Any, image: int = image) -> None:
+            store.add_call(name, image, args, kwargs, output)
+
+        with quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE), watch_blocks(blocks, see):
+            teachers.append(task.teacher(model, sample))
+    for _, layer in quantized_layers(model):
+        if "weight" in layer.quantizers:
+            quantizer = layer.quantizers["weight"]
+            quantizer.observed = None
+            quantizer.observe(layer.weight)
+    return teachers
+
+
+def _handle_unseen(model: nn.Module, on_unseen: str) -> list[tuple[str, str]]:
+    """Refuse or leave float the layers whose activation quantizers saw no data."""
+    unseen = [
+        (name, role)
+        for name, layer in quantized_layers(model)
+        for role, quantizer in layer.quantizers.items()
+        if role != "weight" and quantizer.observed is None
+    ]
+    if unseen and on_unseen == "error":
+        listed = ", ".join(f"{name} ({role})" for name, role in unseen)
+        raise CalibrationError(
+            f"no calibration data reached {listed}. Use other or more calibration images, or set "
+            f"quant.on_unseen='float' to leave such layers in float"
+        )
+    layers = dict(quantized_layers(model))
+    removed = []
+    for name in dict.fromkeys(name for name, _ in unseen):
+        removed += [(name, role) for role in layers[name].quantizers]
+        layers[name].quantizers.clear()
+    return removed
+
+
+def _search_blocks(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    samples: Sequence[Any],
+    teachers: list[tuple[Any, Any]],
+    search: SearchConfig,
+    task: CalibrationTask,
+    store: CaptureStore,
+    states: BlockStates | None,
+    seed: int,
+) -> list[BlockReport]:
+    order = store.blocks
+    slots = {name: search.rounds * len(quantizers_of(blocks[name])) for name in order}
+    reports = []
+    with tqdm(total=sum(slots.values()), desc="search", unit="range", smoothing=0.05) as bar:
+        for position, name in enumerate(order):
+            start, done = time.perf_counter(), bar.n
+            state = states.load(name) if states else None
+            if state is not None:
+                _load_quantizers(blocks[name], state)
+                factors: dict[str, float] = {}
+            else:
+                if search.block_input == "quantized":
+                    _recapture_inputs(model, blocks, order[position:], samples, teachers, task, store)
+                factors = _search_one(blocks[name], name, store, search, bar, seed + position)
+                if states:
+                    states.save(name, _quantizer_state(blocks[name]))
+            bar.update(done + slots[name] - bar.n)
+            reports.append(BlockReport(name, time.perf_counter() - start, factors))
+    return reports
+
+
+def _search_one(
+    block: nn.Module, name: str, store: CaptureStore, search: SearchConfig, bar: tqdm, seed: int
+) -> dict[str, float]:
+    device = next(block.parameters()).device
+    calls = [call.to(device) for call in store.calls(name)]
+    if search.windows or search.rows:
+        with float_only(block):
+            calls = [sample_call(block, call, search, seed) for call in calls]
+    calls = _unit_gradients(stack_calls(calls))
+    if not calls:
+        raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
+
+    def tick(slot: str) -> None:
+        bar.set_description(f"{name} {slot}")
+        bar.update()
+
+    return search_block(block, calls, search, tick)
+
+
+def _unit_gradients(calls: list[BlockCall]) -> list[BlockCall]:
+    """Scale a block's gradients to unit root mean square, far from float32 underflow; no argmin changes."""
+    power = sum(float(g.double().square().sum()) for call in calls for g in call.grads)
+    number = sum(g.numel() for call in calls for g in call.grads)
+    scale = (number / power) ** 0.5 if power > 0 else 1.0
+    return [replace(call, grads=[g * scale for g in call.grads]) for call in calls]
+
+
+def _recapture_inputs(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    remaining: list[str],
+    samples: Sequence[Any],
+    teachers: list[tuple[Any, Any]],
+    task: CalibrationTask,
+    store: CaptureStore,
+) -> None:
+    """Exchange the float inputs of the first remaining block by those that the quantized blocks before it give."""
+    name = remaining[0]
+    still_float = [q for later in remaining for q in quantizers_of(blocks[later])]
+    for image, sample in enumerate(samples):
+        inputs: list[tuple[tuple, dict]] = []
+
+        def see(_: str, args: tuple, kwargs: dict, output: Any, inputs: list = inputs) -> None:
+            inputs.append((args, kwargs))
+
+        with quantizer_mode(still_float, QuantizerMode.FLOAT), watch_blocks({name: blocks[name]}, see):
+            task.student(model, sample, teachers[image][1])
+        for index, (args, kwargs) in enumerate(inputs):
+            store.replace_input(name, image, index, args, kwargs)
+
+
+def _quantizer_state(block: nn.Module) -> dict[str, Tensor]:
+    return {key: value.cpu().clone() for key, value in block.state_dict().items() if "quantizers." in key}
+
+
+def _load_quantizers(block: nn.Module, state: dict[str, Tensor]) -> None:
+    own = {key for key in block.state_dict() if "quantizers." in key}
+    if own != set(state):
+        raise CalibrationError("the kept state of a block does not fit the model: start again without --resume")
+    block.load_state_dict(state, strict=False)
+
+
+__all__ = ["BlockReport", "BlockStates", "CalibrationReport", "calibrate"]

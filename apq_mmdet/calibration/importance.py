@@ -1,0 +1,157 @@
+"""Importance of output elements: the gradient of a distillation loss at a disturbed point.
+
+The loss of a float model against itself has a gradient of rounding noise, and a search weighted by it picks ranges at
+random. The gradient is therefore taken where the min-max-quantized model stands, and a point that is not disturbed, or
+a gradient that is zero or not finite, is refused.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from apq_mmdet.calibration.blocks import CaptureStore, tensors_of, watch_blocks
+from apq_mmdet.errors import CalibrationError
+
+LEAST_DISTURBANCE = 1e-5  # relative; float32 rounding noise of a whole network is about 1e-6
+
+
+class CalibrationTask(ABC):
+    """How to run a model on a calibration sample, and how far its outputs are from the float ones."""
+
+    @abstractmethod
+    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
+        """Raw outputs (a pytree of tensors) of the float model, and what the student needs of the teacher.
+
+        Each block must be called as often as in one inference.
+        """
+
+    @abstractmethod
+    def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
+        """Raw outputs of the quantized model in the same structure; differentiable."""
+
+    @abstractmethod
+    def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
+        """Distance of the outputs, a scalar; each of its terms is normalised by its number of elements."""
+
+
+class FeatureTask(CalibrationTask):
+    """Any module that maps a tensor to tensors: mean squared error relative to each output's power."""
+
+    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
+        """See the base class."""
+        return model(sample), None
+
+    def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
+        """See the base class."""
+        return model(sample)
+
+    def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
+        """See the base class."""
+        return feature_loss(student, teacher)
+
+
+def feature_loss(student: Any, teacher: Any) -> Tensor:
+    """Sum over outputs of ``mean (s - t)^2 / mean t^2``."""
+    terms = [
+        F.mse_loss(s, t) / t.square().mean().clamp_min(1e-12)
+        for s, t in zip(tensors_of(student), tensors_of(teacher), strict=True)
+        if t.numel()
+    ]
+    return torch.stack(terms).sum()
+
+
+def capture_gradients(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    samples: list[Any],
+    task: CalibrationTask,
+    teachers: list[tuple[Any, Any]],
+    store: CaptureStore,
+    tick: Callable[[], None],
+) -> None:
+    """One disturbed pass with its backward per image; the gradients of all block outputs go to ``store``.
+
+    Args:
+        teachers: (outputs, context) of each sample from the float pass.
+        tick: called after each image.
+
+    Raises:
+        CalibrationError: see the module's docstring.
+    """
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    seen: dict[str, bool] = dict.fromkeys(store.blocks, False)
+    try:
+        for image, sample in enumerate(samples):
+            teacher, context = teachers[image]
+            for (name, index), grads in _gradients(model, blocks, sample, task, teacher, context).items():
+                seen[name] |= any(bool(g.any()) for g in grads)
+                store.add_grads(name, image, index, grads)
+            tick()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    silent = [name for name, found in seen.items() if not found]
+    if silent:
+        raise CalibrationError(
+            f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "
+            f"its errors could not be weighed"
+        )
+
+
+def _gradients(
+    model: nn.Module,
+    blocks: dict[str, nn.Module],
+    sample: Any,
+    task: CalibrationTask,
+    teacher: Any,
+    context: Any,
+) -> dict[tuple[str, int], list[Tensor]]:
+    outputs: dict[tuple[str, int], list[Tensor]] = {}
+
+    def see(name: str, args: tuple, kwargs: dict, output: Any) -> Any:
+        # the first block's output depends on no parameter that wants a gradient: make it a leaf that does
+        tracked = tree_map_only(
+            Tensor,
+            lambda t: t if t.requires_grad or not t.is_floating_point() else t.requires_grad_(),
+            output,
+        )
+        index = sum(1 for block, _ in outputs if block == name)
+        outputs[name, index] = tensors_of(tracked)
+        return tracked
+
+    with torch.enable_grad(), watch_blocks(blocks, see):
+        student = task.student(model, sample, context)
+        loss = task.loss(student, teacher, context)
+    _check_disturbed(student, teacher, loss)
+    flat = [t for tensors in outputs.values() for t in tensors]
+    grads = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+    result = {
+        key: [torch.zeros_like(t) if (g := next(grads)) is None else g for t in tensors]
+        for key, tensors in outputs.items()
+    }
+    for (name, _), block_grads in result.items():
+        if not all(bool(g.isfinite().all()) for g in block_grads):
+            raise CalibrationError(
+                f"the gradient of the calibration loss is not finite at the output of block {name!r}"
+            )
+    return result
+
+
+def _check_disturbed(student: Any, teacher: Any, loss: Tensor) -> None:
+    pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
+    power = sum(float(t.double().square().sum()) for _, t in pairs)
+    error = sum(float((s.detach() - t).double().square().sum()) for s, t in pairs)
+    if not torch.isfinite(loss):
+        raise CalibrationError("the calibration loss is not finite: the model's outputs hold NaN or infinity")
+    if not loss.requires_grad or error <= LEAST_DISTURBANCE**2 * power:
+        raise CalibrationError(
+            "the calibration loss was taken at an undisturbed point (the student equals the float model), where its "
+            "gradient is zero or rounding noise; quantize the student before taking gradients"
+        )

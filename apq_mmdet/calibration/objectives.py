@@ -1,0 +1,75 @@
+"""Objectives: how wrong an output is, as one number per image. Lower is better; all are sums over elements."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from apq_mmdet.registry import OBJECTIVES
+
+CRITERIA = ("error", "gradient", "weighted")
+
+
+class Objective(ABC):
+    """Error of an output against its float value.
+
+    Bottom elimination (APQ-ViT, reconstruction): of each image's elements the share ``eliminate`` that ranks lowest
+    by ``eliminate_by`` is left out, so that the search spends its freedom on the errors that matter. Elements
+    that tie with the threshold stay in.
+
+    Args:
+        eliminate: share p in 0..1 of the elements to leave out.
+        eliminate_by: rank by |e| ('error'), |g| ('gradient') or |g e| ('weighted').
+    """
+
+    def __init__(self, eliminate: float = 0.0, eliminate_by: str = "error") -> None:
+        if not 0.0 <= eliminate < 1.0:
+            raise ValueError(f"eliminate must be at least 0 and below 1, got {eliminate!r}")
+        if eliminate_by not in CRITERIA:
+            raise ValueError(f"eliminate_by must be one of {', '.join(CRITERIA)}, got {eliminate_by!r}")
+        self.eliminate = eliminate
+        self.eliminate_by = eliminate_by
+
+    def __call__(self, outputs: list[Tensor], targets: list[Tensor], grads: list[Tensor], images: int) -> Tensor:
+        """Error of each image, float64 [images].
+
+        Args:
+            outputs, targets, grads: tensors of equal shapes whose first axis splits evenly among the images.
+            images: how many images are stacked.
+        """
+        error = _rows([o - t for o, t in zip(outputs, targets, strict=True)], images)  # [images, n]
+        grad = _rows(grads, images)  # [images, n]
+        cost = self.cost(error, grad)
+        dropped = int(self.eliminate * error.shape[1])
+        if dropped:
+            rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
+            threshold = rank.kthvalue(dropped + 1, dim=1, keepdim=True).values
+            cost = cost * (rank >= threshold)
+        return cost.sum(1, dtype=torch.float64)
+
+    @abstractmethod
+    def cost(self, error: Tensor, grad: Tensor) -> Tensor:
+        """Non-negative cost of each element; all [images, n]."""
+
+
+def _rows(parts: list[Tensor], images: int) -> Tensor:
+    rows = [part.reshape(images, -1) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+@OBJECTIVES.register_module(name="hessian")
+class HessianObjective(Objective):
+    """``(g e)^2``: the diagonal Fisher approximation of the loss increase (PTQ4ViT, ECCV 2022)."""
+
+    def cost(self, error: Tensor, grad: Tensor) -> Tensor:
+        """See the base class."""
+        return (error * grad).square_()
+
+
+@OBJECTIVES.register_module(name="mse")
+class SquaredErrorObjective(Objective):
+    """``e^2``."""
+
+    def cost(self, error: Tensor, grad: Tensor) -> Tensor:
+        """See the base class."""
+        return error.square()

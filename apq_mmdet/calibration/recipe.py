@@ -1,0 +1,123 @@
+"""A recipe is data: number formats (policy) plus how their ranges are searched; parsed from ``model.quant``."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.policy import KINDS, Policy, refuse_unknown
+from apq_mmdet.registry import OBJECTIVES
+
+# APQ-ViT grids (reconstruction): (first factor, last factor, number of candidates) by layer kind
+DEFAULT_GRIDS = {
+    "Linear": (0.7, 1.1, 100),
+    "Conv2d": (0.9, 1.2, 100),
+    "ConvTranspose2d": (0.9, 1.2, 100),
+    "MatMul": (0.9, 1.2, 100),
+}
+METRICS = ("block", "module")
+ORDERS = ("backward", "forward")
+BLOCK_INPUTS = ("float", "quantized")
+ON_UNSEEN = ("error", "float")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How range factors are searched.
+
+    Args:
+        metric: where errors are measured: at the 'block' output (BBC) or at the 'module' output (PTQ4ViT).
+        objective: config of an objective, ``dict(type='hessian', eliminate=0.1, eliminate_by='error')``.
+        rounds: alternating rounds over the layers of a block; stops early at a fixpoint.
+        order: 'backward' (last layer of a block first) or 'forward'.
+        block_input: a block is judged on its 'float' input, or on the input that the 'quantized' blocks before give.
+        grids: (first, last, number) of the range factors by layer kind.
+        shortlist: 0 for the exact form; else only so many best candidates of the module metric are judged at the block.
+        windows: 0 for all; else blocks of windowed attention are judged on a crop of windows x windows per image.
+        rows: 0 for all; else heads are judged on at most so many RoIs per image.
+    """
+
+    metric: str = "block"
+    objective: dict[str, Any] = field(default_factory=lambda: dict(type="hessian"))
+    rounds: int = 3
+    order: str = "backward"
+    block_input: str = "float"
+    grids: dict[str, tuple[float, float, int]] = field(default_factory=lambda: dict(DEFAULT_GRIDS))
+    shortlist: int = 0
+    windows: int = 0
+    rows: int = 0
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], where: str) -> "SearchConfig":
+        """Validate; BadInputError names the key."""
+        refuse_unknown(config, [f.name for f in fields(cls)], where)
+        config = dict(config)
+        for key, choices in (("metric", METRICS), ("order", ORDERS), ("block_input", BLOCK_INPUTS)):
+            if key in config:
+                refuse_unknown([config[key]], choices, f"{where}.{key}")
+        for key, least in (("rounds", 1), ("shortlist", 0), ("windows", 0), ("rows", 0)):
+            if not isinstance(config.get(key, least), int) or config.get(key, least) < least:
+                raise BadInputError(f"{where}.{key}: expected a whole number >= {least}, got {config[key]!r}")
+        grids = dict(config.get("grids", {}))
+        refuse_unknown(grids, KINDS, f"{where}.grids")
+        config["grids"] = {**DEFAULT_GRIDS, **{k: _grid(g, f"{where}.grids.{k}") for k, g in grids.items()}}
+        if config.get("windows") and config.get("block_input") == "quantized":
+            raise BadInputError(f"{where}: windows={config['windows']} needs block_input='float'")
+        if "objective" in config:
+            config["objective"] = dict(config["objective"])
+            try:
+                OBJECTIVES.build(dict(config["objective"]))
+            except (TypeError, KeyError, ValueError) as error:
+                raise BadInputError(f"{where}.objective: {error}") from error
+        return cls(**config)
+
+    def factors(self, kind: str, least: float = 0.0) -> list[float]:
+        """The candidate range factors of a layer kind, ascending, none below ``least``."""
+        first, last, number = self.grids[kind]
+        step = (last - first) / max(number - 1, 1)
+        return [f for f in (first + i * step for i in range(number)) if f >= least - 1e-9]
+
+
+def _grid(grid: Any, where: str) -> tuple[float, float, int]:
+    try:
+        first, last, number = grid
+    except (TypeError, ValueError):
+        raise BadInputError(f"{where}: expected (first, last, number), got {grid!r}") from None
+    if not 0 < first <= last or int(number) != number or number < 1:
+        raise BadInputError(f"{where}: expected 0 < first <= last and number >= 1, got {tuple(grid)!r}")
+    return float(first), float(last), int(number)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The ``quant`` dict of a config, validated.
+
+    Args:
+        name: shown in reports.
+        policy: bits, scope and number formats.
+        search: None for plain min-max ranges.
+        on_unseen: what becomes of a quantizer that saw no data: 'error', or left 'float'.
+    """
+
+    name: str
+    policy: Policy
+    search: SearchConfig | None
+    on_unseen: str = "error"
+
+    @classmethod
+    def from_dict(cls, quant: dict[str, Any]) -> "Recipe":
+        """Parse ``dict(recipe=, w_bits=, a_bits=, scope=, formats=, overrides=, search=, on_unseen=)``.
+
+        Raises:
+            BadInputError: unknown key or value, with what would be right.
+        """
+        quant = dict(quant)
+        policy_keys = [f.name for f in fields(Policy)]
+        refuse_unknown(quant, ("recipe", "search", "on_unseen", *policy_keys), "quant")
+        refuse_unknown([quant.get("on_unseen", "error")], ON_UNSEEN, "quant.on_unseen")
+        search = quant.get("search")
+        return cls(
+            name=quant.get("recipe", "custom"),
+            policy=Policy.from_dict({key: quant[key] for key in policy_keys if key in quant}),
+            search=None if search is None else SearchConfig.from_dict(search, "quant.search"),
+            on_unseen=quant.get("on_unseen", "error"),
+        )

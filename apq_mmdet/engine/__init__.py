@@ -1,0 +1,6 @@
+"""The run of a quantization: loop, checkpoints, the command's logic."""
+
+from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
+from apq_mmdet.engine.ptq_loop import PTQLoop
+
+__all__ = ["PTQLoop", "load_float_weights", "save_quantized"]

@@ -1,0 +1,53 @@
+"""Finished blocks on disk, so that a killed calibration goes on where it stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import tensor_bytes, write_atomic, write_json
+
+
+class BlockStatesOnDisk:
+    """One file a finished block in ``folder``, beside a description of the run that they belong to.
+
+    Args:
+        folder: made if absent.
+        run: description of everything that the result depends on; plain containers.
+        resume: go on with what is there; otherwise start anew.
+
+    Raises:
+        BadInputError: what is there belongs to another run.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        run = json.loads(json.dumps(run))
+        description = folder / "run.json"
+        if resume and description.exists():
+            kept = json.loads(description.read_text())
+            changed = [key for key in run if kept.get(key) != run[key]]
+            if changed:
+                raise BadInputError(
+                    f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the "
+                    f"command of that run, or drop --resume to start anew"
+                )
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(description, run)
+
+    def _path(self, block: str) -> Path:
+        return self.folder / f"{block}.pth"
+
+    def load(self, block: str) -> dict[str, Tensor] | None:
+        """State of a finished block's quantizers, or None."""
+        path = self._path(block)
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    def save(self, block: str, state: dict[str, Tensor]) -> None:
+        """Keep a finished block, atomically."""
+        write_atomic(self._path(block), tensor_bytes(state))

@@ -1,0 +1,64 @@
+"""Checkpoints: float weights in, checked strictly; the quantized model out, packed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
+from apq_mmdet.layers.state import FORMAT_VERSION, VERSION_KEY, packed_state_dict
+
+META_KEY = "apq_mmdet"
+
+
+def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
+    """Load a float checkpoint into a quantized model, all of it or nothing; returns the checkpoint's meta.
+
+    Raises:
+        BadInputError: unreadable, already quantized, of another architecture, or with NaN weights.
+    """
+    checkpoint = safe_load(path)
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInputError(f"checkpoint {path} holds no state_dict")
+    if VERSION_KEY in state:
+        raise BadInputError(f"checkpoint {path} is already quantized; quantization starts from a float checkpoint")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    _refuse_other_architecture(model, state, path)
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise BadInputError(f"checkpoint {path}: weights {broken[0]!r} hold NaN or infinity ({len(broken)} such)")
+    state_dict = type(model.state_dict())(state)  # mmengine sets an attribute, which a plain dict has not
+    load_state_dict(model, state_dict, strict=False)
+    return checkpoint.get("meta", {}) if "state_dict" in checkpoint else {}
+
+
+def _refuse_other_architecture(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+    own = {k: v for k, v in model.state_dict().items() if ".quantizers." not in k and k != VERSION_KEY}
+    ignored = "num_batches_tracked"
+    missing = [key for key in own if key not in state and ignored not in key]
+    extra = [key for key in state if key not in own and ignored not in key]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    for what, found in (("lacks", missing), ("has other shapes:", shapes), ("holds unknown", extra)):
+        if found:
+            raise BadInputError(
+                f"checkpoint {path} is of another architecture than the config: it {what} {', '.join(found[:3])}"
+                + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            )
+
+
+def save_quantized(model: nn.Module, path: Path, meta: dict[str, Any]) -> None:
+    """Write a calibrated model: packed weight codes, everything else as it is; the same bytes for the same model.
+
+    Args:
+        meta: plain containers; ``dataset_meta`` in it is what mmdet's inference reads the class names from.
+    """
+    meta = {**meta, META_KEY: {"format_version": FORMAT_VERSION, **meta.get(META_KEY, {})}}
+    write_atomic(path, tensor_bytes({"meta": meta, "state_dict": packed_state_dict(model)}))

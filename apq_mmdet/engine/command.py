@@ -1,0 +1,139 @@
+"""The logic of ``tools/quantize_det.py``: from its options to a run, and from errors to exit codes."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from apq_mmdet.engine.quantized_config import quantized_config, with_ptq_loop
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+EPILOG = """
+examples:
+  W4A4 backbone of a float detector, float AP beside it:
+    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq --w-bits 4 --a-bits 4 --eval-float --work-dir DIR
+  the whole detector, calibrated on a folder of images without annotations, no evaluation:
+    python tools/quantize_det.py CONFIG CHECKPOINT --scope detector --calib-dir IMAGES --no-eval --work-dir DIR
+  leave a layer float (any key of the quant dict can be set):
+    ... --cfg-options "model.quant.overrides=[{'pattern':'*.fc_cls','float':True}]"
+  afterwards, with mmdet's own unmodified tool:
+    python <mmdet>/tools/test.py DIR/config.py DIR/quantized.pth
+
+exit codes: 0 success, 2 bad input found before work, 1 failure in it
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        description="Quantize a float detector of MMDetection after training, and measure its AP. The result "
+        "simulates integer arithmetic: it is small on disk and exact in its AP, but slower than float.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("config", help="config of the float detector (or one that inherits a recipe)")
+    add("checkpoint", help="its float checkpoint")
+    add("--work-dir", required=True, help="folder for quantized.pth, config.py and report.json")
+    add("--recipe", help="name in configs/_base_/recipes or path (default: the config's own, or apq)")
+    add("--w-bits", type=int, help=f"weight bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
+    add("--a-bits", type=int, help=f"activation bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
+    add("--scope", choices=SCOPES, help="what is quantized (default: the recipe's, backbone)")
+    add("--num-calib", type=int, default=32, help="calibration images (default: 32)")
+    add("--calib-dir", help="folder of calibration images (default: images of the config's training set)")
+    add("--cfg-options", nargs="+", action=DictAction, help="key=value pairs merged into the config")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--seed", type=int, default=0, help="chooses the calibration images (default: 0)")
+    add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="job launcher")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--resume", action="store_true", help="go on with a killed run of the same command")
+    add("--no-eval", action="store_true", help="do not measure the quantized model")
+    add("--eval-float", action="store_true", help="measure the float model too")
+    return parser
+
+
+def build_config(args: argparse.Namespace) -> Config:
+    """The config of the run.
+
+    Raises:
+        BadInputError: the config cannot be read, or an option does not fit it.
+    """
+    settings: dict[str, Any] = {}
+    for key in ("w_bits", "a_bits"):
+        if getattr(args, key) is not None:
+            settings[key] = check_bits(getattr(args, key), "--" + key.replace("_", "-"))
+    if args.scope:
+        settings["scope"] = args.scope
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:
+        raise BadInputError(f"config {args.config} cannot be read: {error}") from error
+    cfg = quantized_config(cfg, args.recipe, settings)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options, allow_list_keys=True)
+    cfg.work_dir = args.work_dir
+    cfg.launcher = args.launcher
+    cfg.load_from, cfg.resume = None, False
+    cfg.randomness = dict(seed=args.seed)
+    return with_ptq_loop(
+        cfg,
+        checkpoint=args.checkpoint,
+        num_calib=args.num_calib,
+        calib_dir=args.calib_dir,
+        seed=args.seed,
+        evaluate=not args.no_eval,
+        eval_float=args.eval_float,
+        resume=args.resume,
+    )
+
+
+def choose_device(device: str | None) -> None:
+    """Make mmengine's Runner, which takes CUDA where it sees it, use ``device``."""
+    if device in (None, "cuda") or (device or "").startswith("cuda:"):
+        if device and not torch.cuda.is_available():
+            raise BadInputError(f"--device {device}: this machine or this torch has no CUDA")
+        if device and ":" in device:
+            torch.cuda.set_device(device)
+    elif device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        raise BadInputError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Quantize; returns the quantized model's metrics."""
+    if not Path(args.config).is_file():
+        raise BadInputError(f"config {args.config} does not exist")
+    if not Path(args.checkpoint).is_file():
+        raise BadInputError(f"checkpoint {args.checkpoint} does not exist")
+    choose_device(args.device)
+    runner = Runner.from_cfg(build_config(args))
+    return runner.test()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        run(args)
+    except BadInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; repeat the command with --resume to go on", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK

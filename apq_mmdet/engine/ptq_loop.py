@@ -1,0 +1,182 @@
+"""PTQLoop: a TestLoop that calibrates the model, saves it, and then evaluates it."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import broadcast, is_main_process
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner, TestLoop
+
+import apq_mmdet
+from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate
+from apq_mmdet.datasets.calibration import CalibrationImages, calibration_from_config, calibration_from_folder
+from apq_mmdet.engine.block_states import BlockStatesOnDisk
+from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
+from apq_mmdet.engine.quantized_config import standalone_config
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import write_atomic
+from apq_mmdet.layers import float_only, quantizers_of
+from apq_mmdet.models.distillation import detection_task
+from apq_mmdet.registry import LOOPS
+from apq_mmdet.report import render_table, write_report
+
+
+@LOOPS.register_module()
+class PTQLoop(TestLoop):
+    """Calibrates, saves ``quantized.pth``, ``config.py`` and ``report.json`` to the work dir, then evaluates.
+
+    Args:
+        runner, dataloader, evaluator, fp16: as for TestLoop.
+        checkpoint: float checkpoint.
+        num_calib: number of calibration images.
+        calib_dir: folder of calibration images; None takes them from the config's training set.
+        seed: chooses the images and seeds the samplers of fast recipes.
+        evaluate: measure the quantized model.
+        eval_float: measure the float model as well.
+        resume: go on with a killed calibration.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: Any,
+        evaluator: Any,
+        checkpoint: str,
+        num_calib: int = 32,
+        calib_dir: str | None = None,
+        seed: int = 0,
+        evaluate: bool = True,
+        eval_float: bool = False,
+        resume: bool = False,
+        fp16: bool = False,
+    ) -> None:
+        self._runner = runner
+        self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.seed, self.evaluate, self.eval_float = seed, evaluate, eval_float
+        self.checkpoint = checkpoint
+        self.float_meta = load_float_weights(self.model, checkpoint)
+        if evaluate or eval_float:
+            self._build_evaluation(runner, dataloader, evaluator, fp16)
+        self.images = self._calibration_images(runner, num_calib, calib_dir)
+        self.work_dir = Path(runner.work_dir)
+        self.states = None
+        if is_main_process():
+            self.states = BlockStatesOnDisk(self.work_dir / "calibration", self._run_description(), resume)
+
+    def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
+        try:
+            super().__init__(runner, dataloader, evaluator, fp16)
+        except FileNotFoundError as error:
+            raise BadInputError(
+                f"the evaluation data cannot be read: {error}; use --no-eval to quantize without measuring AP"
+            ) from error
+
+    def _calibration_images(self, runner: Runner, num: int, folder: str | None) -> CalibrationImages:
+        if folder is None:
+            images = calibration_from_config(runner.cfg, num, self.seed)
+        else:
+            images = calibration_from_folder(runner.cfg, folder, num, self.seed)
+        images.check()
+        if self.evaluate or self.eval_float:
+            dataset = self.dataloader.dataset
+            evaluated = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
+            missing = next((p for p in evaluated if not Path(p).is_file()), None)
+            if missing:
+                raise BadInputError(f"evaluation image {missing} does not exist")
+            images.refuse_overlap(evaluated)
+        return images
+
+    def _run_description(self) -> dict[str, Any]:
+        """All that the calibrated model depends on."""
+        return {
+            "quant": self.runner.cfg.model.quant.to_dict(),
+            "checkpoint_sha256": hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest(),
+            "calibration_images": self.images.ids,
+            "seed": self.seed,
+            "version": apq_mmdet.__version__,
+        }
+
+    def run(self) -> dict[str, float]:
+        """Calibrate, save, evaluate; returns the quantized model's metrics (empty without evaluation)."""
+        start = time.perf_counter()
+        table = self.model.quantization_table
+        if is_main_process():
+            self.runner.logger.info("\n" + render_table(table))
+        float_metrics = None
+        if self.eval_float:
+            self.runner.logger.info("evaluating the float model")
+            with float_only(self.model):
+                float_metrics = super().run()
+        calibration_start = time.perf_counter()
+        report = self._calibrate()
+        calibration_seconds = time.perf_counter() - calibration_start
+        if is_main_process():
+            self._save(report)
+        metrics = None
+        if self.evaluate:
+            self.runner.logger.info(
+                "evaluating the quantized model; it simulates integer arithmetic and is slower than float"
+            )
+            metrics = super().run()
+        if is_main_process():
+            write_report(
+                self.work_dir,
+                self._report(report, table, float_metrics, metrics, calibration_seconds),
+                time.perf_counter() - start,
+            )
+        return metrics or {}
+
+    def _calibrate(self) -> CalibrationReport:
+        report = None
+        if is_main_process():
+            report = calibrate(
+                self.model, self.images, self.model.recipe, detection_task(self.model), self.states, self.seed
+            )
+        for quantizer in quantizers_of(self.model):
+            for buffer in (quantizer.scale, quantizer.zero_point, quantizer.calibrated):
+                broadcast(buffer)
+        return report
+
+    def _save(self, report: CalibrationReport) -> None:
+        meta: dict[str, Any] = {"apq_mmdet": self._run_description()}
+        dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
+        if dataset_meta:
+            meta["dataset_meta"] = json.loads(json.dumps(dataset_meta, default=list))
+        save_quantized(self.model, self.work_dir / "quantized.pth", meta)
+        config = standalone_config(self.runner.cfg, report.left_float)
+        write_atomic(self.work_dir / "config.py", config.pretty_text.encode())
+
+    def _dataset_meta(self) -> dict[str, Any] | None:
+        return self.dataloader.dataset.metainfo if self.evaluate or self.eval_float else None
+
+    def _report(
+        self,
+        report: CalibrationReport,
+        table: list,
+        float_metrics: dict | None,
+        metrics: dict | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        recipe = self.model.recipe
+        return {
+            "recipe": recipe.name,
+            "bits": {"weight": recipe.policy.w_bits, "activation": recipe.policy.a_bits},
+            "scope": recipe.policy.scope,
+            **self._run_description(),
+            "versions": {"apq_mmdet": apq_mmdet.__version__, **apq_mmdet.versions.imported_versions()},
+            "device": str(next(self.model.parameters()).device),
+            "threads": torch.get_num_threads(),
+            "metrics": {"float": float_metrics, "quantized": metrics},
+            "calibration_seconds": seconds,
+            "blocks": [vars(block) for block in report.blocks],
+            "left_float": report.left_float,
+            "sizes": {
+                "float_checkpoint_bytes": Path(self.checkpoint).stat().st_size,
+                "quantized_checkpoint_bytes": (self.work_dir / "quantized.pth").stat().st_size,
+            },
+            "layers": [row.to_dict() for row in table],
+        }

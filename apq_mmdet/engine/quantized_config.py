@@ -1,0 +1,98 @@
+"""Configs: the overlay that turns a float config into a quantization run, and the stand-alone config it leaves."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.policy import refuse_unknown
+from apq_mmdet.registry import MODELS, SCOPE
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
+# all twelve COCO numbers; mmdet's CocoMetric gives six by default
+COCO_ITEMS = [
+    *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
+    *("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000"),
+]
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """The ``quant`` dict of a recipe, by its name or by the path of a config that defines ``quant``."""
+    known = sorted(path.stem for path in RECIPES.glob("*.py"))
+    path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
+    if not path.is_file():
+        if name.endswith(".py"):
+            raise BadInputError(f"recipe file {name} does not exist")
+        refuse_unknown([name], known, "--recipe")
+    recipe = Config.fromfile(path)
+    if "quant" not in recipe:
+        raise BadInputError(f"recipe file {path} defines no 'quant' dict")
+    return recipe.quant.to_dict()
+
+
+def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) -> Config:
+    """A copy of a config whose model is quantized.
+
+    Args:
+        cfg: any mmdet config; a ``quant`` in its model or backbone is the recipe, unless another is named.
+        recipe: name or path; None for the config's own, or ``apq``.
+        settings: keys of ``quant`` that override the recipe's (bits, scope).
+
+    Raises:
+        BadInputError: unknown recipe or detector type.
+    """
+    cfg = copy.deepcopy(cfg)
+    if "model" not in cfg:
+        raise BadInputError("the config defines no model")
+    own = _take_quant(cfg)
+    quant = load_recipe(recipe or "apq") if recipe or own is None else own
+    name = cfg.model.type.split(".")[-1]
+    if MODELS.get(f"{SCOPE}.{name}") is None:
+        raise BadInputError(f"model type {cfg.model.type!r} is no detector of mmdet")
+    cfg.model.type = f"{SCOPE}.{name}"
+    cfg.model.quant = {**quant, **settings}
+    for evaluator in _evaluators(cfg):
+        if evaluator.get("type", "").split(".")[-1] == "CocoMetric" and not evaluator.get("metric_items"):
+            evaluator["metric_items"] = list(COCO_ITEMS)
+    return cfg
+
+
+def _take_quant(cfg: Config) -> dict[str, Any] | None:
+    """Remove and return the ``quant`` of the model or of its backbone, whose type becomes the float one again."""
+    backbone = cfg.model.get("backbone", {})
+    if "quant" in backbone:
+        backbone.type = backbone.type.split(".")[-1]
+        return dict(backbone.pop("quant"))
+    return dict(cfg.model.pop("quant")) if "quant" in cfg.model else None
+
+
+def _evaluators(cfg: Config) -> list[ConfigDict]:
+    evaluator = cfg.get("test_evaluator") or []
+    return [evaluator] if isinstance(evaluator, dict) else list(evaluator)
+
+
+def with_ptq_loop(cfg: Config, **loop: Any) -> Config:
+    """Replace the config's test loop by a PTQLoop with these arguments."""
+    cfg = copy.deepcopy(cfg)
+    cfg.test_cfg = dict(type=f"{SCOPE}.PTQLoop", **loop)
+    return cfg
+
+
+def standalone_config(cfg: Config, left_float: list[tuple[str, str]]) -> Config:
+    """The config to load the quantized checkpoint with, for mmdet's own tools.
+
+    Args:
+        cfg: the config of the quantization run.
+        left_float: (layer, role) pairs that saw no data and stay float; written down as overrides.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.test_cfg = dict(type="TestLoop")
+    cfg.load_from, cfg.resume = None, False
+    cfg.pop("work_dir", None)
+    names = list(dict.fromkeys(name for name, _ in left_float))
+    if names:
+        overrides = list(cfg.model.quant.get("overrides", []))
+        cfg.model.quant.overrides = overrides + [dict(pattern=name, float=True) for name in names]
+    return cfg

@@ -1,0 +1,68 @@
+"""Files that are whole or absent: atomic writes, byte-identical serialisation, safe loading."""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apq_mmdet.errors import BadInputError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` holds either all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomic, indented JSON."""
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def tensor_bytes(content: Any) -> bytes:
+    """``torch.save`` to memory: torch writes a file's own name into the archive, so equal content needs no path."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def safe_load(path: str | Path) -> Any:
+    """Load a checkpoint without unpickling arbitrary code.
+
+    mmengine's training checkpoints hold numpy scalars and HistoryBuffers beside the weights; these few are allowed.
+
+    Raises:
+        BadInputError: missing, unreadable, or holding other objects.
+    """
+    if not os.path.isfile(path):
+        raise BadInputError(f"checkpoint {path} does not exist")
+    try:
+        with _known_globals():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInputError(f"checkpoint {path} cannot be loaded safely (weights_only): {reason}") from error
+
+
+def _known_globals() -> contextlib.AbstractContextManager[Any]:
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    core = getattr(np, "_core", None) or np.core
+    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype]
+    allowed += [*(type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.bool_))]
+    # absent in torch < 2.5, which knows no such list and refuses these files
+    manager = getattr(torch.serialization, "safe_globals", None)
+    return manager(allowed) if manager else contextlib.nullcontext()

@@ -1,0 +1,70 @@
+"""What every quantized layer shares: roles, quantizers by role, and the swap from float."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from apq_mmdet.quantizers import Quantizer, QuantizerMode, quantizer_mode
+
+LayerClass = TypeVar("LayerClass", bound=type["QuantizedLayer"])
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of quantized layers; ``quantizers`` maps tensor roles to quantizers, a missing role stays float.
+
+    A float layer becomes a quantized one by changing its class in place: parameters, their names, hooks and every
+    reference to the module stay what they were, so float checkpoints keep loading.
+    """
+
+    kind: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+    quantizers: nn.ModuleDict
+
+    def role_axis(self, role: str) -> tuple[int, int]:
+        """Axis that finer granularities of this role cut, and its size."""
+        raise NotImplementedError
+
+    def quantize(self, role: str, x: Tensor) -> Tensor:
+        """Pass ``x`` through the quantizer of ``role``, if that role is quantized."""
+        return self.quantizers[role](x) if role in self.quantizers else x
+
+
+# exact float class -> quantized class; exact, because a subclass may compute something else in its forward
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+
+def register_layer(*float_classes: type[nn.Module]) -> Callable[[LayerClass], LayerClass]:
+    """Class decorator: modules of exactly these classes become the decorated class."""
+
+    def register(cls: LayerClass) -> LayerClass:
+        for float_class in float_classes:
+            LAYERS[float_class] = cls
+        return cls
+
+    return register
+
+
+def to_quantized(layer: nn.Module, quantizers: dict[str, Quantizer]) -> QuantizedLayer:
+    """Turn a float layer into its quantized class in place and hand it its quantizers."""
+    layer.__class__ = LAYERS[type(layer)]
+    layer.quantizers = nn.ModuleDict(quantizers)
+    return layer
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """(name, layer) of every layer of ``model`` that holds quantizers, in definition order."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and hasattr(module, "quantizers"):
+            yield name, module
+
+
+def quantizers_of(model: nn.Module) -> list[Quantizer]:
+    """All quantizers inside ``model``."""
+    return [module for module in model.modules() if isinstance(module, Quantizer)]
+
+
+def float_only(model: nn.Module) -> AbstractContextManager[None]:
+    """Context in which ``model`` computes exactly its float function."""
+    return quantizer_mode(quantizers_of(model), QuantizerMode.FLOAT)

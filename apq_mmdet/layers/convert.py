@@ -1,0 +1,144 @@
+"""Swap a model's layers by policy, and say of every layer what it became and why."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers.base import LAYERS, to_quantized
+from apq_mmdet.layers.state import install_state_hooks
+from apq_mmdet.policy import Policy, QuantizerSpec
+from apq_mmdet.quantizers import Quantizer
+from apq_mmdet.registry import QUANTIZERS
+
+# float module class -> function that gives its inline matrix products modules of their own
+ATTENTION: dict[type[nn.Module], Callable[[nn.Module], None]] = {}
+
+# why leaf modules with parameters that are no GEMM stay float; other classes get the general reason
+FLOAT_REASONS = {
+    "LayerNorm": "normalisation: no matrix product",
+    "BatchNorm2d": "normalisation: no matrix product",
+    "SyncBatchNorm": "normalisation: no matrix product",
+    "GroupNorm": "normalisation: no matrix product",
+    "Embedding": "table look-up: no matrix product",
+    "MultiheadAttention": "nn.MultiheadAttention computes its products inline",
+}
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One row of the layer table: a (layer, role) that is quantized, or a layer or role that stays float.
+
+    ``bits`` is None and ``reason`` says why where it stays float; ``elements`` counts the weights of the layer.
+    """
+
+    layer: str
+    kind: str
+    role: str
+    bits: int | None
+    format: str
+    granularity: str
+    groups: int
+    elements: int
+    reason: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain containers, for the report."""
+        return asdict(self)
+
+
+def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str) -> Quantizer:
+    """The quantizer of one role of a (still float) layer.
+
+    Raises:
+        BadInputError: the granularity makes no sense for this role or does not divide the axis.
+    """
+    allowed = {"weight": ("tensor", "channel"), "input": ("tensor",)}.get(role, ("tensor", "head"))
+    axis, size = LAYERS[type(layer)].role_axis(layer, role)
+    if isinstance(spec.granularity, int) and role == "weight" and size % max(spec.granularity, 1) == 0:
+        groups = spec.granularity
+    elif spec.granularity in allowed:
+        groups = 1 if spec.granularity == "tensor" else size
+    else:
+        raise BadInputError(
+            f"layer {name!r}: granularity {spec.granularity!r} does not fit role {role!r}, whose axis has size "
+            f"{size}; allowed: {', '.join(allowed)}" + (" or a divisor of the size" if role == "weight" else "")
+        )
+    config = dict(type=spec.format, bits=spec.bits, axis=axis, groups=groups, symmetric=spec.symmetric)
+    try:
+        return QUANTIZERS.build(config)
+    except ValueError as error:
+        raise BadInputError(f"layer {name!r}, role {role!r}: {error}") from error
+
+
+def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
+    """Make ``model`` a quantized one in place; its quantizers still have to be calibrated or loaded.
+
+    Args:
+        model: any module. Scope 'backbone' is its ``backbone`` submodule, or all of it where it has none.
+        policy: what to quantize.
+
+    Returns:
+        The layer table, also kept as ``model.quantization_table``.
+
+    Raises:
+        BadInputError: an override matches no layer, or a granularity does not fit.
+    """
+    prefix = "backbone." if policy.scope == "backbone" and hasattr(model, "backbone") else ""
+    for name, module in list(model.named_modules()):
+        if name.startswith(prefix) and type(module) in ATTENTION:
+            ATTENTION[type(module)](module)
+    modules = dict(model.named_modules())
+    targets = [n for n, m in modules.items() if n.startswith(prefix) and type(m) in LAYERS]
+    policy.check_overrides([(name, LAYERS[type(modules[name])].kind) for name in targets])
+    table: list[LayerRow] = []
+    for name, module in modules.items():
+        if name in targets:
+            table += _quantize_layer(name, module, policy)
+        elif _is_leaf(module):
+            reason = _float_reason(module) if name.startswith(prefix) else f"outside scope {policy.scope!r}"
+            table.append(_float_row(name, module, "-", reason))
+    if not any(row.bits for row in table):
+        raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
+    install_state_hooks(model)
+    model.quantization_table = table
+    return table
+
+
+def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerRow]:
+    cls = LAYERS[type(module)]
+    specs, reason = policy.scheme(name, cls.kind, cls.roles)
+    quantizers = {r: build_quantizer(module, r, s, name) for r, s in specs.items()}
+    rows = []
+    for role in cls.roles:
+        if role not in specs:
+            rows.append(_float_row(name, module, role, reason))
+            continue
+        spec, q = specs[role], quantizers[role]
+        kind = f"{spec.format}, {'symmetric' if spec.symmetric else 'asymmetric'}"
+        elements = _num_weights(module)
+        rows.append(LayerRow(name, cls.kind, role, spec.bits, kind, str(spec.granularity), q.groups, elements, ""))
+    if quantizers:
+        to_quantized(module, quantizers)
+    return rows
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    has_parameters = next(module.parameters(recurse=False), None) is not None
+    return has_parameters and (type(module) in LAYERS or next(module.children(), None) is None)
+
+
+def _num_weights(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.numel() if weight is not None else 0
+
+
+def _float_reason(module: nn.Module) -> str:
+    name = type(module).__name__
+    return FLOAT_REASONS.get(name, f"{name} has no quantized form")
+
+
+def _float_row(name: str, module: nn.Module, role: str, reason: str) -> LayerRow:
+    kind = LAYERS[type(module)].kind if type(module) in LAYERS else type(module).__name__
+    return LayerRow(name, kind, role, None, "float32", "-", 0, _num_weights(module), reason)

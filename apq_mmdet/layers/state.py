@@ -1,0 +1,130 @@
+"""State of a quantized model: packed weight codes out, packed or float weights in, and nothing half-loaded."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apq_mmdet.errors import CheckpointError
+from apq_mmdet.layers.base import QuantizedLayer, quantized_layers
+from apq_mmdet.quantizers import pack_codes, unpack_codes
+
+FORMAT_VERSION = 1
+VERSION_KEY = "apq_format_version"
+PACKED_SUFFIX = "weight_codes"
+
+
+def _weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    return ((name, layer) for name, layer in quantized_layers(model) if "weight" in layer.quantizers)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+@torch.no_grad()
+def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a calibrated model with quantized weights as densely packed integer codes.
+
+    The key ``X.weight`` of each layer whose weight is quantized becomes ``X.weight_codes`` (uint8).
+
+    Raises:
+        CheckpointError: a quantizer is not calibrated.
+    """
+    blank = _uncalibrated(model.state_dict())
+    if blank:
+        raise CheckpointError(f"not calibrated: {_listed(blank)}")
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    for name, layer in _weight_layers(model):
+        quantizer = layer.quantizers["weight"]
+        codes = quantizer.encode(layer.weight) - quantizer.code_min
+        del state[_join(name, "weight")]
+        state[_join(name, PACKED_SUFFIX)] = pack_codes(codes.cpu(), int(quantizer.bits))
+    return {key: value.clone() for key, value in state.items()}
+
+
+def install_state_hooks(model: nn.Module) -> None:
+    """Let ``model`` load float checkpoints as before, and quantized ones completely or not at all."""
+    model.register_buffer(VERSION_KEY, torch.tensor(FORMAT_VERSION))
+    # the public name of this method is younger than the oldest torch that is supported
+    model._register_load_state_dict_pre_hook(_before_load, with_module=True)
+
+
+def _before_load(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+) -> None:
+    """Runs once on the state of the whole model, before torch's or mmengine's loader walks the modules."""
+    own = {prefix + key: value for key, value in model.state_dict().items()}
+    if prefix + VERSION_KEY not in state:  # a float checkpoint: the quantizers keep what they have
+        for key, value in own.items():
+            if ".quantizers." in key or key == prefix + VERSION_KEY:
+                state.setdefault(key, value)
+        return
+    version = int(state[prefix + VERSION_KEY])
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has quantized format version {version}, this apq_mmdet reads up to {FORMAT_VERSION}: "
+            f"install a newer apq_mmdet"
+        )
+    _unpack_weights(model, state, prefix)
+    _refuse_incomplete(own, state, prefix)
+
+
+def _unpack_weights(model: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Replace packed codes by the values they stand for; quantizing these again gives the same codes."""
+    for name, layer in _weight_layers(model):
+        key = prefix + _join(name, PACKED_SUFFIX)
+        base = prefix + _join(name, "quantizers", "weight")
+        if key not in state or any(f"{base}.{part}" not in state for part in ("bits", "scale", "zero_point")):
+            continue  # named by _refuse_incomplete
+        quantizer = layer.quantizers["weight"]
+        bits = int(state[f"{base}.bits"])
+        if bits != int(quantizer.bits):
+            raise CheckpointError(
+                f"layer {name!r}: the checkpoint holds {bits}-bit weights, the config asks for "
+                f"{int(quantizer.bits)} bits; use the config.py that was written beside the checkpoint"
+            )
+        try:
+            codes = unpack_codes(state.pop(key), bits, layer.weight.shape) + quantizer.code_min
+        except ValueError as error:
+            raise CheckpointError(f"layer {name!r}: {error}") from error
+        scale, zero_point = state[f"{base}.scale"], state[f"{base}.zero_point"]
+        if scale.numel() != quantizer.groups:
+            continue  # a shape error, named by _refuse_incomplete
+        offset = quantizer.per_element(zero_point, codes)
+        state[prefix + _join(name, "weight")] = (codes - offset).to(scale.dtype) * quantizer.per_element(scale, codes)
+
+
+def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix: str) -> None:
+    given = {key: value for key, value in state.items() if key.startswith(prefix)}
+    problems = [f"missing {key}" for key in own if key not in given]
+    problems += [f"unexpected {key}" for key in given if key not in own]
+    problems += [
+        f"shape of {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
+        for key, value in given.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    problems += [
+        f"{key} is {int(given[key])} in the checkpoint, {int(value)} in the config"
+        for key, value in own.items()
+        if key.endswith(".bits") and key in given and int(given[key]) != int(value)
+    ]
+    problems += [f"not calibrated: {key}" for key in _uncalibrated(given)]
+    if problems:
+        raise CheckpointError(
+            f"the quantized checkpoint does not fit this model: {_listed(problems)}. Load it with the config.py that "
+            f"was written beside it"
+        )
+
+
+def _uncalibrated(state: dict[str, Tensor]) -> list[str]:
+    names = [
+        key.removesuffix(".calibrated") for key, value in state.items() if key.endswith(".calibrated") and not value
+    ]
+    return [name.replace(".quantizers.", ", role ") for name in names]
+
+
+def _listed(items: list[str], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more

@@ -1,0 +1,44 @@
+"""``apq_mmdet.X`` for every detector X of mmdet: the same detector, with quantized layers."""
+
+from typing import Any
+
+import mmdet.models.detectors  # noqa: F401  (registers the detectors)
+from mmdet.models.detectors.base import BaseDetector
+from mmdet.registry import MODELS as MMDET_MODELS
+
+from apq_mmdet.calibration.recipe import Recipe
+from apq_mmdet.layers import LayerRow, quantize_model
+from apq_mmdet.registry import MODELS
+
+
+class QuantizedDetector:
+    """Mixin that makes a detector a quantized one when it is built, wherever it is built.
+
+    Args:
+        quant: the ``quant`` dict of a recipe.
+        args, kwargs: as for the float detector.
+
+    Attributes:
+        recipe: the parsed ``quant``.
+        quantization_table: one row for each layer and role.
+    """
+
+    recipe: Recipe
+    quantization_table: list[LayerRow]
+
+    def __init__(self, *args: Any, quant: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recipe = Recipe.from_dict(quant)
+        quantize_model(self, self.recipe.policy)
+
+
+def register_quantized_detectors() -> None:
+    """Register a quantized variant of each of mmdet's detectors under the detector's own name."""
+    for name, cls in MMDET_MODELS.module_dict.items():
+        if isinstance(cls, type) and issubclass(cls, BaseDetector) and cls is not BaseDetector:
+            doc = f"mmdet's {name} with quantized layers; see QuantizedDetector."
+            quantized = type(name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
+            MODELS.register_module(name=name, module=quantized)
+
+
+register_quantized_detectors()

@@ -1,0 +1,206 @@
+"""Distillation losses of detectors against their own float outputs; no labels are needed.
+
+Two-stage detectors: the RPN (KL of sigmoid objectness, smooth L1 of the deltas where the float objectness exceeds 0.7)
+and the RoI heads on the float model's proposals (KL of class scores, L1 of deltas, BCE of masks).
+Dense one-stage detectors: as the RPN. Others: their neck's features. Every term is a mean over its elements.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.dense_heads.anchor_head import AnchorHead
+from mmdet.models.detectors.base import BaseDetector
+from mmdet.models.detectors.single_stage import SingleStageDetector
+from mmdet.models.detectors.two_stage import TwoStageDetector
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.structures.bbox import bbox2roi, get_box_tensor
+from mmengine.dataset import pseudo_collate
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.importance import CalibrationTask, feature_loss
+
+CONFIDENT = 0.7  # float objectness above which a delta matters
+MAX_PROPOSALS = 256  # float proposals of an image on which the RoI heads are judged
+MAX_MASKS = 32
+
+
+@dataclass(frozen=True)
+class FixedRois:
+    """The float model's RoIs: [n, 5] for each bbox stage, [m, 5] for the masks, and each mask's label [m]."""
+
+    bbox: list[Tensor]
+    mask: Tensor | None
+    mask_labels: Tensor | None
+
+
+def detection_task(model: nn.Module) -> CalibrationTask:
+    """The task that fits a detector; samples are outputs of a test pipeline (dicts of inputs and data_samples)."""
+    if isinstance(model, TwoStageDetector) and isinstance(model.roi_head, StandardRoIHead | CascadeRoIHead):
+        return TwoStageTask()
+    if isinstance(model, SingleStageDetector) and isinstance(model.bbox_head, AnchorHead):
+        return DenseTask()
+    return NeckTask()
+
+
+def _prepare(model: BaseDetector, sample: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    data = model.data_preprocessor(pseudo_collate([sample]), False)
+    return data["inputs"], data["data_samples"]  # [1, 3, H, W], one DetDataSample
+
+
+def dense_loss(student: tuple, teacher: tuple) -> Tensor:
+    """KL of sigmoid scores and smooth L1 of confident deltas, summed over levels.
+
+    Args:
+        student, teacher: (scores, deltas), each a list over levels of [1, A * K, H, W] and [1, A * 4, H, W].
+    """
+    terms = []
+    for score, delta, score_t, delta_t in zip(*student[:2], *teacher[:2], strict=True):
+        terms.append(bernoulli_kl(score, score_t))
+        anchors = delta_t.shape[1] // 4
+        best = score_t.sigmoid().unflatten(1, (anchors, -1)).amax(2, keepdim=True)  # [1, A, 1, H, W]
+        weight = (best > CONFIDENT).to(delta).expand(-1, -1, 4, -1, -1)
+        error = F.smooth_l1_loss(delta, delta_t, reduction="none").unflatten(1, (anchors, 4))
+        terms.append((error * weight).sum() / weight.sum().clamp_min(1))
+    return torch.stack(terms).sum()
+
+
+def bernoulli_kl(logits: Tensor, logits_t: Tensor) -> Tensor:
+    """Mean KL(teacher || student) of independent Bernoulli variables given by their logits."""
+    p = logits_t.sigmoid()
+    gap = F.softplus(logits) - F.softplus(logits_t) - p * (logits - logits_t)
+    return gap.mean()
+
+
+class DenseTask(CalibrationTask):
+    """One-stage detectors with an anchor head."""
+
+    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
+        """Scores and deltas of all levels."""
+        return self.student(model, sample, None), None
+
+    def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
+        """As the teacher."""
+        inputs, _ = _prepare(model, sample)
+        return model.bbox_head(model.extract_feat(inputs))
+
+    def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
+        """See the module's docstring."""
+        return dense_loss(student, teacher)
+
+
+class NeckTask(CalibrationTask):
+    """Any other detector, by the features that its heads receive."""
+
+    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
+        """The neck's feature maps."""
+        return self.student(model, sample, None), None
+
+    def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
+        """As the teacher."""
+        return model.extract_feat(_prepare(model, sample)[0])
+
+    def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
+        """Relative squared error of the features."""
+        return feature_loss(student, teacher)
+
+
+class TwoStageTask(CalibrationTask):
+    """Two-stage and cascade detectors, with or without masks."""
+
+    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
+        """RPN and RoI outputs on the model's own best proposals."""
+        inputs, data_samples = _prepare(model, sample)
+        metas = [s.metainfo for s in data_samples]
+        features = model.extract_feat(inputs)
+        rpn = model.rpn_head(features)
+        proposals = model.rpn_head.predict_by_feat(*rpn, batch_img_metas=metas, cfg=model.test_cfg.rpn)[0]
+        rois = bbox2roi([get_box_tensor(proposals.bboxes)[:MAX_PROPOSALS]])
+        stages, boxes = self._run_teacher_stages(model.roi_head, features, rois, metas[0])
+        mask_rois, labels = self._mask_rois(model, boxes, stages, metas[0])
+        fixed = FixedRois(boxes, mask_rois, labels)
+        masks = self._masks(model.roi_head, features, fixed)
+        return (rpn, stages, masks), fixed
+
+    def student(self, model: nn.Module, sample: Any, context: FixedRois) -> Any:
+        """The same outputs on the teacher's RoIs."""
+        inputs, _ = _prepare(model, sample)
+        features = model.extract_feat(inputs)
+        rpn = model.rpn_head(features)
+        head = model.roi_head
+        stages = [self._bbox(head, i, features, rois) for i, rois in enumerate(context.bbox)]
+        return rpn, stages, self._masks(head, features, context)
+
+    def loss(self, student: Any, teacher: Any, context: FixedRois) -> Tensor:
+        """See the module's docstring."""
+        terms = [dense_loss(student[0], teacher[0])]
+        for (score, delta), (score_t, delta_t) in zip(student[1], teacher[1], strict=True):
+            if score.numel():
+                target = score_t.log_softmax(1)
+                terms.append(F.kl_div(score.log_softmax(1), target, reduction="batchmean", log_target=True))
+            if delta is not None and delta.numel():
+                terms.append(F.l1_loss(delta, delta_t))
+        for mask, mask_t in zip(student[2], teacher[2], strict=True):
+            if mask.numel():
+                terms.append(bernoulli_kl(*(_of_label(m, context.mask_labels) for m in (mask, mask_t))))
+        return torch.stack(terms).sum()
+
+    def _run_teacher_stages(
+        self, head: StandardRoIHead | CascadeRoIHead, features: tuple, rois: Tensor, meta: dict
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        number = head.num_stages if isinstance(head, CascadeRoIHead) else 1
+        outputs, boxes = [], [rois]
+        for stage in range(number):
+            outputs.append(self._bbox(head, stage, features, boxes[-1]))
+            if stage + 1 < number:
+                score, delta = outputs[-1]
+                label = score[:, :-1].argmax(1)
+                refined = head.bbox_head[stage].regress_by_class(boxes[-1][:, 1:], label, delta, meta)
+                boxes.append(torch.cat([boxes[-1][:, :1], get_box_tensor(refined)], 1))
+        return outputs, boxes
+
+    def _mask_rois(
+        self, model: nn.Module, boxes: list[Tensor], stages: list, meta: dict
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Boxes of the float detections; the proposals of highest class score where nothing is detected."""
+        head = model.roi_head
+        if not head.with_mask:
+            return None, None
+        score = torch.stack([s for s, _ in stages]).mean(0)  # [n, K + 1], as the cascade averages its stages
+        bbox_head = head.bbox_head[-1] if isinstance(head, CascadeRoIHead) else head.bbox_head
+        found = bbox_head.predict_by_feat(
+            rois=(boxes[-1],),
+            cls_scores=(score,),
+            bbox_preds=(stages[-1][1],),
+            batch_img_metas=[meta],
+            rcnn_test_cfg=model.test_cfg.rcnn,
+        )[0]
+        if len(found):
+            return bbox2roi([get_box_tensor(found.bboxes)[:MAX_MASKS]]), found.labels[:MAX_MASKS]
+        foreground, label = score.softmax(1)[:, :-1].max(1)
+        order = foreground.argsort(descending=True, stable=True)[:MAX_MASKS]
+        return boxes[-1][order], label[order]
+
+    @staticmethod
+    def _bbox(head: Any, stage: int, features: tuple, rois: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(head, CascadeRoIHead):
+            result = head._bbox_forward(stage, features, rois)
+        else:
+            result = head._bbox_forward(features, rois)
+        return result["cls_score"], result["bbox_pred"]
+
+    @staticmethod
+    def _masks(head: Any, features: tuple, fixed: FixedRois) -> list[Tensor]:
+        if fixed.mask is None:
+            return []
+        if isinstance(head, CascadeRoIHead):
+            return [head._mask_forward(s, features, fixed.mask)["mask_preds"] for s in range(head.num_stages)]
+        return [head._mask_forward(features, fixed.mask)["mask_preds"]]
+
+
+def _of_label(masks: Tensor, labels: Tensor) -> Tensor:
+    """[m, K, h, w] -> [m, h, w], each RoI's map of its label; K is 1 for class-agnostic heads."""
+    if masks.shape[1] == 1:
+        return masks[:, 0]
+    return masks[torch.arange(len(masks), device=masks.device), labels]

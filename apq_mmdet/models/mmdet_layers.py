@@ -1,0 +1,101 @@
+"""The one adapter that names mmdet's and mmcv's modules: what is a layer, an attention, a block of calibration."""
+
+from dataclasses import replace
+
+import mmcv.cnn
+import torch
+from mmdet.models.backbones.swin import SwinBlock, WindowMSA
+from mmdet.models.dense_heads.anchor_free_head import AnchorFreeHead
+from mmdet.models.dense_heads.anchor_head import AnchorHead
+from mmdet.models.layers import PatchEmbed, PatchMerging
+from mmdet.models.necks import FPN
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from torch import Tensor
+
+from apq_mmdet.calibration.blocks import BlockCall, register_block
+from apq_mmdet.calibration.recipe import SearchConfig
+from apq_mmdet.calibration.sampling import register_sampler, sample_rows
+from apq_mmdet.layers.base import register_layer
+from apq_mmdet.layers.conv import QuantizedConv2d, QuantizedConvTranspose2d
+from apq_mmdet.layers.convert import ATTENTION
+from apq_mmdet.layers.linear import QuantizedLinear
+from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
+
+register_layer(mmcv.cnn.Linear)(QuantizedLinear)
+register_layer(mmcv.cnn.Conv2d)(QuantizedConv2d)
+register_layer(mmcv.cnn.ConvTranspose2d)(QuantizedConvTranspose2d)
+
+register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, AnchorFreeHead, BBoxHead, FCNMaskHead)
+register_sampler(BBoxHead, FCNMaskHead)(sample_rows)
+
+
+@register_sampler(SwinBlock)
+def sample_windows(block: SwinBlock, call: BlockCall, search: SearchConfig, generator: torch.Generator) -> BlockCall:
+    """Sampler of Swin blocks: a random crop of ``search.windows`` x ``search.windows`` whole windows of an image.
+
+    The float output of the crop is computed anew, because shifted windows reach beyond it; padding is never in it.
+    """
+    side = search.windows * block.attn.window_size
+    names = ("x", "hw_shape")
+    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
+    if not search.windows or (height <= side and width <= side):
+        return call
+    rows, columns = (_random_crop(size, side, block.attn.window_size, generator) for size in (height, width))
+
+    def crop(tokens: Tensor) -> Tensor:
+        grid = tokens.view(1, height, width, -1)[:, rows, columns]  # [1, h, w, C]
+        return grid.reshape(1, -1, grid.shape[-1])
+
+    shape = (min(side, height), min(side, width))
+    cropped = crop(x)
+    return replace(
+        call,
+        args=(cropped, shape),
+        kwargs={},
+        outputs=[block(cropped, shape)],
+        grads=[crop(grad) for grad in call.grads],
+    )
+
+
+def _random_crop(size: int, side: int, step: int, generator: torch.Generator) -> slice:
+    if size <= side:
+        return slice(0, size)
+    start = step * int(torch.randint((size - side) // step + 1, (), generator=generator))
+    return slice(start, start + side)
+
+
+class ProductWindowMSA(WindowMSA):
+    """mmdet's WindowMSA whose two inline matrix products are modules; same parameters, same float result."""
+
+    query_key: FloatQueryKeyProduct
+    attention_value: FloatAttentionValueProduct
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See WindowMSA; x: [nW * B, N, C], mask: [nW, N, N] or None."""
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [nW * B, H, N, d]
+        logits = self.query_key(query * self.scale, key) + self._position_bias()  # [nW * B, H, N, N]
+        if mask is not None:
+            windows = mask.shape[0]
+            logits = logits.view(batch // windows, windows, self.num_heads, tokens, tokens)
+            logits = (logits + mask[None, :, None]).view(-1, self.num_heads, tokens, tokens)
+        attention = self.attn_drop(self.softmax(logits))
+        x = self.attention_value(attention, value).transpose(1, 2).reshape(batch, tokens, channels)
+        return self.proj_drop(self.proj(x))
+
+    def _position_bias(self) -> Tensor:
+        tokens = self.window_size[0] * self.window_size[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]  # [N * N, H]
+        return bias.view(tokens, tokens, -1).permute(2, 0, 1).contiguous().unsqueeze(0)  # [1, H, N, N]
+
+
+def use_product_modules(attention: WindowMSA) -> None:
+    """Give a WindowMSA modules for its two products, in place."""
+    attention.__class__ = ProductWindowMSA
+    attention.query_key = FloatQueryKeyProduct(attention.num_heads)
+    attention.attention_value = FloatAttentionValueProduct(attention.num_heads)
+
+
+ATTENTION[WindowMSA] = use_product_modules

@@ -1,0 +1,175 @@
+"""Which layer gets which bits and formats: the ``quant`` dict of a config, validated, and its ordered rules."""
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.registry import QUANTIZERS
+
+KINDS = ("Linear", "Conv2d", "ConvTranspose2d", "MatMul")
+ROLES = ("weight", "input", "query", "key", "attention", "value")
+SCOPES = ("backbone", "detector")
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def refuse_unknown(keys: Any, known: Any, where: str) -> None:
+    """Raise BadInputError with the nearest known key if ``keys`` holds an unknown one."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
+            raise BadInputError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def check_bits(bits: Any, where: str) -> int:
+    """Return ``bits`` if it is a whole number from 2 to 8, else raise BadInputError."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise BadInputError(f"{where}: bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+    return bits
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """One tensor role's number format.
+
+    ``granularity`` is 'tensor', 'channel', 'head' or the number of equal groups along the channel axis.
+    """
+
+    bits: int
+    format: str = "affine"
+    granularity: str | int = "tensor"
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for the layers of one kind (None: every kind) whose name matches a pattern.
+
+    Patterns are globs (``*.qkv``) or, after ``re:``, regular expressions that must match the whole name.
+    ``roles`` maps a role to spec fields to change, or to None: that role stays float.
+    """
+
+    pattern: str = "*"
+    kind: str | None = None
+    leave_float: bool = False
+    roles: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, rule: dict[str, Any], where: str) -> "Rule":
+        """Parse ``dict(pattern=, kind=, float=, bits=, <role>=dict(bits=, format=, granularity=, symmetric=))``."""
+        rule = dict(rule)
+        refuse_unknown(rule, ("pattern", "kind", "float", "bits", *ROLES), where)
+        kind = rule.get("kind")
+        if kind is not None:
+            refuse_unknown([kind], KINDS, f"{where}.kind")
+        roles: dict[str, dict[str, Any] | None] = {}
+        if "bits" in rule:
+            roles = {role: {"bits": check_bits(rule["bits"], f"{where}.bits")} for role in ROLES}
+        for role in ROLES:
+            if role in rule:
+                given = rule[role]
+                roles[role] = None if given is None else {**(roles.get(role) or {}), **_spec_fields(given, where, role)}
+        pattern = rule.get("pattern", "*")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise BadInputError(f"{where}.pattern: {pattern!r} is no regular expression: {error}") from error
+        return cls(pattern, kind, bool(rule.get("float", False)), roles)
+
+    def matches(self, name: str, kind: str) -> bool:
+        """Whether the rule speaks of a layer of this full name and kind."""
+        if self.kind not in (None, kind):
+            return False
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], name) is not None
+        return fnmatchcase(name, self.pattern)
+
+
+def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:
+    where = f"{where}.{role}"
+    if not hasattr(given, "keys"):
+        raise BadInputError(f"{where}: expected dict(bits=..., format=..., ...) or None, got {given!r}")
+    given = dict(given)
+    refuse_unknown(given, [f.name for f in fields(QuantizerSpec)], where)
+    if "bits" in given:
+        check_bits(given["bits"], where)
+    if "format" in given:
+        refuse_unknown([given["format"]], sorted(QUANTIZERS.module_dict), f"{where}.format")
+    return given
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is quantized and how: bits, scope, format rules of the recipe, then the user's own overrides.
+
+    Later rules win. A role starts as per-tensor asymmetric affine with ``w_bits`` (role weight) or ``a_bits`` bits.
+
+    Args:
+        w_bits, a_bits: 2 to 8, for weights and for everything else.
+        scope: 'backbone' or 'detector'.
+        formats: the recipe's rules; a pattern may match nothing.
+        overrides: the user's rules; a pattern that matches no layer is an error.
+    """
+
+    w_bits: int = 8
+    a_bits: int = 8
+    scope: str = "backbone"
+    formats: tuple[Rule, ...] = ()
+    overrides: tuple[Rule, ...] = ()
+
+    @classmethod
+    def from_dict(cls, policy: dict[str, Any], where: str = "quant") -> "Policy":
+        """Validate the policy part of a ``quant`` dict.
+
+        Raises:
+            BadInputError: unknown key, bits out of range, unknown scope, format or role.
+        """
+        refuse_unknown(policy, [f.name for f in fields(cls)], where)
+        policy = dict(policy)
+        for key in ("w_bits", "a_bits"):
+            policy[key] = check_bits(policy.get(key, 8), f"{where}.{key}")
+        refuse_unknown([policy.get("scope", "backbone")], SCOPES, f"{where}.scope")
+        for key in ("formats", "overrides"):
+            rules = policy.get(key, ())
+            policy[key] = tuple(Rule.from_dict(r, f"{where}.{key}[{i}]") for i, r in enumerate(rules))
+        return cls(**policy)
+
+    def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], str]:
+        """Spec of each quantized role of a layer, and the reason where the layer or a role stays float."""
+        reason = ""
+        specs: dict[str, dict[str, Any] | None] = {
+            role: {"bits": self.w_bits if role == "weight" else self.a_bits} for role in roles
+        }
+        for origin, rules in (("recipe", self.formats), ("override", self.overrides)):
+            for rule in rules:
+                if not rule.matches(name, kind):
+                    continue
+                if rule.leave_float:
+                    specs, reason = dict.fromkeys(roles), f"{origin} rule {rule.pattern!r}"
+                for role in set(roles) & set(rule.roles):
+                    change = rule.roles[role]
+                    if change is None:
+                        specs[role], reason = None, f"{origin} rule {rule.pattern!r}"
+                    else:
+                        base = specs[role] or {"bits": self.w_bits if role == "weight" else self.a_bits}
+                        specs[role] = {**base, **change}
+        return {role: QuantizerSpec(**spec) for role, spec in specs.items() if spec is not None}, reason
+
+    def check_overrides(self, names: list[tuple[str, str]]) -> None:
+        """Raise BadInputError for an override whose pattern and kind match none of the (name, kind) pairs."""
+        for i, rule in enumerate(self.overrides):
+            if not any(rule.matches(name, kind) for name, kind in names):
+                near = difflib.get_close_matches(rule.pattern, [name for name, _ in names], n=1, cutoff=0.3)
+                hint = f"; the nearest name is {near[0]!r}" if near else ""
+                raise BadInputError(
+                    f"quant.overrides[{i}]: pattern {rule.pattern!r} (kind {rule.kind or 'any'}) matches no layer "
+                    f"that scope {self.scope!r} quantizes{hint}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for reports and checkpoint meta."""
+        return asdict(self)

@@ -1,0 +1,44 @@
+"""The report file and the one line that a person reads."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apq_mmdet.files import write_json
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process and peak CUDA memory (None without CUDA), in bytes."""
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cuda_bytes": cuda}
+
+
+def write_report(folder: Path, report: dict[str, Any], seconds: float) -> None:
+    """Complete the report, write it to ``report.json`` and print its summary."""
+    report = {**report, "seconds": seconds, "peak_memory": peak_memory()}
+    write_json(folder / "report.json", report)
+    print(summary_line(report))
+
+
+def _ap(metrics: dict[str, float] | None) -> str:
+    """Box and mask AP in percent, or the first metrics of another evaluator."""
+    if not metrics:
+        return "not measured"
+    aps = [(k.split("/")[-1].split("_")[0], v) for k, v in metrics.items() if k.endswith("_mAP")]
+    if aps:
+        return ", ".join(f"{name} AP {100 * value:.1f}" for name, value in aps)
+    return ", ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:2])
+
+
+def summary_line(report: dict[str, Any]) -> str:
+    """Float AP, quantized AP, sizes and time on one line."""
+    sizes, bits = report["sizes"], report["bits"]
+    mib = {key: value / 2**20 for key, value in sizes.items()}
+    return (
+        f"W{bits['weight']}A{bits['activation']} {report['recipe']} ({report['scope']}): "
+        f"float {_ap(report['metrics']['float'])} | quantized {_ap(report['metrics']['quantized'])} | "
+        f"{mib['float_checkpoint_bytes']:.1f} -> {mib['quantized_checkpoint_bytes']:.1f} MiB | "
+        f"calibration {report['calibration_seconds']:.0f} s, total {report['seconds']:.0f} s"
+    )
