@@ -152,7 +152,7 @@ def _search_blocks(
     with tqdm(total=sum(slots.values()), desc="search", unit="range", smoothing=0.05) as bar:
         for position, name in enumerate(order):
             start, done = time.perf_counter(), bar.n
-            state = states.load(name) if states else None
+            state = states.load(name) if states is not None else None
             if state is not None:
                 _load_quantizers(blocks[name], state)
                 factors: dict[str, float] = {}
@@ -160,7 +160,7 @@ def _search_blocks(
                 if search.block_input == "quantized":
                     _recapture_inputs(model, blocks, order[position:], samples, teachers, task, store)
                 factors = _search_one(blocks[name], name, store, search, bar, seed + position)
-                if states:
+                if states is not None:
                     states.save(name, _quantizer_state(blocks[name]))
             bar.update(done + slots[name] - bar.n)
             reports.append(BlockReport(name, time.perf_counter() - start, factors))

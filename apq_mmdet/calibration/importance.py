@@ -124,7 +124,7 @@ def _gradients(
         )
         index = sum(1 for block, _ in outputs if block == name)
         outputs[name, index] = tensors_of(tracked)
-        return tracked
+        return tree_map_only(Tensor, torch.clone, tracked)  # what follows may modify it in place
 
     with torch.enable_grad(), watch_blocks(blocks, see):
         student = task.student(model, sample, context)

@@ -1,7 +1,9 @@
 """Objectives: how wrong an output is, as one number per image. Lower is better; all are sums over elements."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,13 +45,33 @@ class Objective(ABC):
         dropped = int(self.eliminate * error.shape[1])
         if dropped:
             rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
-            threshold = rank.kthvalue(dropped + 1, dim=1, keepdim=True).values
-            cost = cost * (rank >= threshold)
+            cost = cost * (rank >= order_statistic(rank, dropped))
         return cost.sum(1, dtype=torch.float64)
 
     @abstractmethod
     def cost(self, error: Tensor, grad: Tensor) -> Tensor:
         """Non-negative cost of each element; all [images, n]."""
+
+
+def build_objective(config: dict[str, Any]) -> Objective:
+    """An objective from ``dict(type=, eliminate=, eliminate_by=)``.
+
+    Raises:
+        ValueError, TypeError: unknown type, key or value.
+    """
+    config = dict(config)
+    name = config.pop("type", None)
+    cls = OBJECTIVES.module_dict.get(name)
+    if cls is None:
+        raise ValueError(f"unknown type {name!r}; known: {', '.join(OBJECTIVES.module_dict)}")
+    return cls(**config)
+
+
+def order_statistic(values: Tensor, index: int) -> Tensor:
+    """The ``index``-th smallest value (from 0) of each row; [images, n] -> [images, 1]."""
+    if values.device.type == "cpu":  # numpy's selection is eight times as fast as torch's on a CPU
+        return torch.from_numpy(np.partition(values.numpy(), index, axis=1)[:, index : index + 1])
+    return values.kthvalue(index + 1, dim=1, keepdim=True).values
 
 
 def _rows(parts: list[Tensor], images: int) -> Tensor:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from apq_mmdet.calibration.objectives import build_objective
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import KINDS, Policy, refuse_unknown
-from apq_mmdet.registry import OBJECTIVES
 
 # APQ-ViT grids (reconstruction): (first factor, last factor, number of candidates) by layer kind
 DEFAULT_GRIDS = {
@@ -65,8 +65,8 @@ class SearchConfig:
         if "objective" in config:
             config["objective"] = dict(config["objective"])
             try:
-                OBJECTIVES.build(dict(config["objective"]))
-            except (TypeError, KeyError, ValueError) as error:
+                build_objective(config["objective"])
+            except (TypeError, ValueError) as error:
                 raise BadInputError(f"{where}.objective: {error}") from error
         return cls(**config)
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, tensors_of
-from apq_mmdet.calibration.objectives import Objective
+from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
-from apq_mmdet.registry import OBJECTIVES
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Slot:
     @property
     def name(self) -> str:
         """``layer.role``."""
-        return f"{self.layer_name}.{self.role}"
+        return f"{self.layer_name}.{self.role}".lstrip(".")
 
 
 @torch.no_grad()
@@ -63,10 +62,13 @@ def search_block(
     Raises:
         CalibrationError: every candidate's error is NaN.
     """
-    objective: Objective = OBJECTIVES.build(dict(search.objective))
+    objective = build_objective(search.objective)
+    # candidates are ranked at the module without elimination, which belongs to the block's output
+    ranking = objective if search.metric == "module" else type(objective)()
     by_module = record_modules(block, calls) if search.metric == "module" or search.shortlist else {}
     slots = _slots(block, calls, search.order)
     for quantizer in quantizers_of(block):
+        quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.FLOAT
     changes = 0
     for _ in range(search.rounds):
@@ -79,7 +81,7 @@ def search_block(
             if slot.searched_at == changes:
                 continue
             settled = False
-            before, slot.factor = slot.factor, _best_factor(block, calls, slot, search, objective, by_module)
+            before, slot.factor = slot.factor, _best_factor(block, calls, slot, search, objective, ranking, by_module)
             slot.quantizer.set_range_factor(slot.factor)
             # a change of its own does not make a slot's result stale
             changes += slot.factor != before
@@ -97,11 +99,12 @@ def _best_factor(
     slot: Slot,
     search: SearchConfig,
     objective: Objective,
+    ranking: Objective,
     by_module: dict[str, list[BlockCall]],
 ) -> float:
     factors = search.factors(slot.layer.kind, slot.quantizer.min_factor)
     if search.metric == "module" or 0 < search.shortlist < len(factors):
-        errors = candidate_errors(slot.layer, by_module[slot.layer_name], slot, factors, objective)
+        errors = candidate_errors(slot.layer, by_module[slot.layer_name], slot, factors, ranking)
         if search.metric == "module":
             return factors[_argmin(errors, slot.name)]
         best = (
@@ -174,7 +177,7 @@ def record_modules(block: nn.Module, calls: list[BlockCall]) -> dict[str, list[B
         def hook(module: nn.Module, args: tuple, output: Tensor, seen: list = seen) -> Tensor:
             output = output if output.requires_grad else output.requires_grad_()
             seen.append((names[module], args, output))
-            return output
+            return output.clone()  # what follows may modify it in place
 
         handles = [layer.register_forward_hook(hook) for layer in names]
         try:

@@ -26,9 +26,16 @@ class CalibrationImages(Sequence):
     Attributes:
         ids: the images' ids, in order.
         paths: their paths.
+        metainfo: class names and so on of the data set they come from, or None.
     """
 
-    def __init__(self, images: Sequence[tuple[Any, str]], pipeline: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        images: Sequence[tuple[Any, str]],
+        pipeline: Sequence[dict[str, Any]],
+        metainfo: dict[str, Any] | None = None,
+    ) -> None:
+        self.metainfo = metainfo
         self.ids = [image_id for image_id, _ in images]
         self.paths = [path for _, path in images]
         steps = [step for step in pipeline if "Annotations" not in step["type"]]
@@ -113,4 +120,4 @@ def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImag
         raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     images = [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos]
-    return CalibrationImages(choose(images, num, seed, "the training set"), test_pipeline(cfg))
+    return CalibrationImages(choose(images, num, seed, "the training set"), test_pipeline(cfg), dataset.metainfo)

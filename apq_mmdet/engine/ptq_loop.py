@@ -151,7 +151,7 @@ class PTQLoop(TestLoop):
         write_atomic(self.work_dir / "config.py", config.pretty_text.encode())
 
     def _dataset_meta(self) -> dict[str, Any] | None:
-        return self.dataloader.dataset.metainfo if self.evaluate or self.eval_float else None
+        return self.dataloader.dataset.metainfo if self.evaluate or self.eval_float else self.images.metainfo
 
     def _report(
         self,

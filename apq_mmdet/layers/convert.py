@@ -65,9 +65,9 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
             f"layer {name!r}: granularity {spec.granularity!r} does not fit role {role!r}, whose axis has size "
             f"{size}; allowed: {', '.join(allowed)}" + (" or a divisor of the size" if role == "weight" else "")
         )
-    config = dict(type=spec.format, bits=spec.bits, axis=axis, groups=groups, symmetric=spec.symmetric)
+    quantizer = QUANTIZERS.module_dict[spec.format]
     try:
-        return QUANTIZERS.build(config)
+        return quantizer(spec.bits, axis=axis, groups=groups, symmetric=spec.symmetric)
     except ValueError as error:
         raise BadInputError(f"layer {name!r}, role {role!r}: {error}") from error
 
@@ -85,19 +85,20 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
     Raises:
         BadInputError: an override matches no layer, or a granularity does not fit.
     """
-    prefix = "backbone." if policy.scope == "backbone" and hasattr(model, "backbone") else ""
-    for name, module in list(model.named_modules()):
-        if name.startswith(prefix) and type(module) in ATTENTION:
+    part = model.backbone if policy.scope == "backbone" and hasattr(model, "backbone") else model
+    for module in list(part.modules()):
+        if type(module) in ATTENTION:
             ATTENTION[type(module)](module)
+    inside = set(part.modules())
     modules = dict(model.named_modules())
-    targets = [n for n, m in modules.items() if n.startswith(prefix) and type(m) in LAYERS]
+    targets = [name for name, module in modules.items() if module in inside and type(module) in LAYERS]
     policy.check_overrides([(name, LAYERS[type(modules[name])].kind) for name in targets])
     table: list[LayerRow] = []
     for name, module in modules.items():
         if name in targets:
             table += _quantize_layer(name, module, policy)
         elif _is_leaf(module):
-            reason = _float_reason(module) if name.startswith(prefix) else f"outside scope {policy.scope!r}"
+            reason = _float_reason(module) if module in inside else f"outside scope {policy.scope!r}"
             table.append(_float_row(name, module, "-", reason))
     if not any(row.bits for row in table):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")

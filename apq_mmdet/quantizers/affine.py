@@ -4,34 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from apq_mmdet.quantizers.base import Quantizer
 from apq_mmdet.registry import QUANTIZERS
 
 
-def round_clamp(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``clamp(round(x / scale), low, high) * scale``: the affine fake quantization with shifted code bounds.
-
-    ``low`` and ``high`` are the code bounds less the zero point. Codes are small integers, so leaving out the
-    ``+ z`` and ``- z`` of the textbook formula changes no bit and saves two passes over memory.
-    """
-    return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
-
-
 class _StraightThrough(torch.autograd.Function):
-    """``round_clamp`` whose gradient is 1 inside the range and 0 outside (straight-through estimator)."""
+    """Affine fake quantization whose gradient is 1 inside the range and 0 outside (straight-through estimator)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        codes = torch.div(x, scale).round_()
-        ctx.save_for_backward((codes >= low) & (codes <= high))
-        return codes.clamp_(low, high).mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int) -> Tensor:
+        codes = torch.div(x, scale).round_().add_(zero_point)
+        ctx.save_for_backward((codes >= code_min) & (codes <= code_max))
+        return codes.clamp_(code_min, code_max).sub_(zero_point).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
+        return grad * inside, None, None, None, None
 
 
 @QUANTIZERS.register_module(name="affine")
@@ -71,9 +61,8 @@ class AffineQuantizer(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the base class."""
-        scale = self.per_element(self.scale, x)
-        zero_point = self.per_element(self.zero_point, x).to(x.dtype)
-        low, high = self.code_min - zero_point, self.code_max - zero_point
+        scale, zero_point = self.per_element(self.scale, x), self.per_element(self.zero_point, x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _StraightThrough.apply(x, scale, low, high)
-        return round_clamp(x, scale, low, high)
+            return _StraightThrough.apply(x, scale, zero_point, self.code_min, self.code_max)
+        codes = torch.div(x, scale).round_().add_(zero_point)
+        return codes.clamp_(self.code_min, self.code_max).sub_(zero_point).mul_(scale)

@@ -1,0 +1,173 @@
+import copy
+
+import pytest
+import torch
+from conftest import build_swin, recipe, short_grids
+from torch import nn
+
+from apq_mmdet.calibration import FeatureTask, calibrate
+from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers import packed_state_dict, quantize_model, quantizers_of
+
+IMAGES = [torch.randn(1, 3, 57, 41), torch.randn(1, 3, 33, 64), torch.randn(1, 3, 57, 41)]
+
+
+def quantized_swin(settings):
+    torch.manual_seed(3)
+    model = build_swin()
+    quantize_model(model, settings.policy)
+    return model
+
+
+class States(dict):
+    """Block states in memory that can refuse to go on, as a killed process would."""
+
+    def __init__(self, die_after=None):
+        super().__init__()
+        self.die_after = die_after
+
+    def load(self, block):
+        return copy.deepcopy(self.get(block))
+
+    def save(self, block, state):
+        if self.die_after == len(self):
+            raise KeyboardInterrupt
+        self[block] = copy.deepcopy(state)
+
+
+def fast(**settings):
+    return recipe("apq", search=dict(grids=short_grids(4), rounds=2), **settings)
+
+
+@pytest.mark.parametrize("block_input", ["float", "quantized"])
+@pytest.mark.parametrize("die_after", [0, 1, 2])
+def test_resumed_calibration_gives_the_same_state(die_after, block_input):
+    settings = recipe("apq", search=dict(grids=short_grids(4), rounds=2, block_input=block_input))
+    whole = quantized_swin(settings)
+    calibrate(whole, IMAGES, settings)
+    states = States(die_after)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(quantized_swin(settings), IMAGES, settings, states=states)
+    states.die_after = None
+    resumed = quantized_swin(settings)
+    calibrate(resumed, IMAGES, settings, states=states)
+    a, b = packed_state_dict(whole), packed_state_dict(resumed)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_block_inputs_matter():
+    results = []
+    for block_input in ("float", "quantized"):
+        settings = recipe("apq", search=dict(grids=short_grids(), rounds=1, block_input=block_input))
+        model = quantized_swin(settings)
+        results.append(calibrate(model, IMAGES, settings).blocks)
+    first, second = results
+    assert first[0].factors == second[0].factors  # nothing quantized comes before the first block
+    assert [b.factors for b in first[1:]] != [b.factors for b in second[1:]]
+
+
+def test_search_beats_min_max_on_its_own_loss():
+    errors = {}
+    for name in ("minmax", "apq"):
+        settings = fast() if name == "apq" else recipe("minmax")
+        model = quantized_swin(settings)
+        task = FeatureTask()
+        with torch.no_grad():
+            want = build_reference(model)
+            calibrate(model, IMAGES, settings)
+            errors[name] = sum(float(task.loss(model(x), want(x), None)) for x in IMAGES)
+    assert errors["apq"] < errors["minmax"]
+
+
+def build_reference(model):
+    float_model = copy.deepcopy(model)
+    for quantizer in quantizers_of(float_model):
+        quantizer.forward = lambda x: x
+    return float_model
+
+
+class Undisturbed(FeatureTask):
+    """A student that is the teacher: what back-propagating a model against itself amounts to."""
+
+    def student(self, model, sample, context):
+        for quantizer in quantizers_of(model):
+            quantizer.__dict__["forward"] = lambda x: x
+        return model(sample)
+
+
+class Constant(FeatureTask):
+    """A loss that does not depend on most of the model."""
+
+    def loss(self, student, teacher, context):
+        return super().loss(student, teacher, context) * 0
+
+
+class NotANumber(FeatureTask):
+    def loss(self, student, teacher, context):
+        return super().loss(student, teacher, context) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [(Undisturbed(), "undisturbed point"), (Constant(), "zero at the output of block"), (NotANumber(), "not finite")],
+)
+def test_a_useless_gradient_is_refused(task, message):
+    settings = fast()
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(quantized_swin(settings), IMAGES, settings, task)
+
+
+class Branching(nn.Module):
+    """The second layer only sees wide inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y) if len(x) > 3 else y
+
+
+def test_a_quantizer_without_data_is_an_error_with_its_name():
+    settings = recipe("minmax")
+    model = Branching()
+    quantize_model(model, settings.policy)
+    with pytest.raises(CalibrationError, match="second \\(input\\).*on_unseen='float'"):
+        calibrate(model, [torch.randn(2, 4)], settings)
+
+
+@pytest.mark.parametrize("name", ["minmax", "apq"])
+def test_or_is_left_float_if_asked(name):
+    settings = recipe(name, on_unseen="float")
+    model = Branching()
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(2, 4)], settings)
+    assert report.left_float == [("second", "weight"), ("second", "input")]
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(model(x), nn.functional.linear(model.first(x), model.second.weight, model.second.bias))
+
+
+def test_no_samples():
+    settings = recipe("minmax")
+    with pytest.raises(CalibrationError, match="no calibration samples"):
+        calibrate(quantized_swin(settings), [], settings)
+
+
+def test_any_module_works():
+    settings = fast()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Flatten(2), nn.Linear(36, 5))
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(1, 3, 8, 8) for _ in range(2)], settings)
+    assert [block.block for block in report.blocks] == ["0", "3"]
+    assert set(report.blocks[1].factors) == {"weight", "input"}
+
+
+def test_training_mode_and_gradients_are_restored():
+    settings = fast()
+    model = quantized_swin(settings)
+    model.train()
+    calibrate(model, IMAGES[:1], settings)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())

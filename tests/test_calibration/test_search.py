@@ -1,0 +1,206 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build_swin, recipe, short_grids
+
+from apq_mmdet.calibration.blocks import BlockCall, partition
+from apq_mmdet.calibration.sampling import sample_call, stack_calls
+from apq_mmdet.calibration.search import Slot, record_modules, reuse_prefix, search_block
+from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+SIZES = [(13, 9), (10, 16), (13, 9)]  # no multiples of the window
+BACKWARD = [
+    *("ffn.layers.1.weight", "ffn.layers.1.input", "ffn.layers.0.0.weight", "ffn.layers.0.0.input"),
+    *("attn.w_msa.proj.weight", "attn.w_msa.proj.input"),
+    *("attn.w_msa.attention_value.attention", "attn.w_msa.attention_value.value"),
+    *("attn.w_msa.query_key.query", "attn.w_msa.query_key.key"),
+    *("attn.w_msa.qkv.weight", "attn.w_msa.qkv.input"),
+]
+
+
+def prepared(index, settings, channels=8):
+    """A quantized Swin block with observed ranges, and its calls for three images."""
+    swin = build_swin()
+    quantize_model(swin, settings.policy)
+    block = list(partition(swin).values())[1 + index]
+    calls = []
+    with torch.no_grad(), quantizer_mode(quantizers_of(block), QuantizerMode.OBSERVE):
+        for image, (h, w) in enumerate(SIZES):
+            x = torch.randn(1, h * w, channels)
+            output = block(x, (h, w))
+            calls.append(BlockCall((x, (h, w)), {}, [output], [torch.randn_like(output)], (image,)))
+    for _, layer in quantized_layers(block):
+        if "weight" in layer.quantizers:
+            layer.quantizers["weight"].observe(layer.weight)
+    return block, calls
+
+
+def brute_force(block, calls, search):
+    """Every candidate of every slot by a full float64 replay of the block and a sort; nothing is reused or skipped."""
+    block = copy.deepcopy(block).double()
+    layers = dict(quantized_layers(block))
+    for quantizer in quantizers_of(block):
+        quantizer.scale = quantizer.scale.float()
+        quantizer.mode = QuantizerMode.FLOAT
+    share, chosen = search.objective["eliminate"], {}
+    for _ in range(search.rounds):
+        for name in BACKWARD if search.order == "backward" else by_layer_forward():
+            layer, role = layers[name.rpartition(".")[0]], name.rpartition(".")[2]
+            for quantizer in layer.quantizers.values():
+                if quantizer.mode is QuantizerMode.FLOAT:
+                    quantizer.mode = QuantizerMode.QUANTIZE
+                    quantizer.set_range_factor(1.0)
+            first, last, number = search.grids[layer.kind]
+            best = (float("inf"), None)
+            for i in range(number):
+                factor = first + i * (last - first) / (number - 1)
+                layer.quantizers[role].set_range_factor(factor)
+                total = 0.0
+                for call in calls:
+                    x, shape = call.args
+                    e = (block(x.double(), shape) - call.outputs[0]).reshape(-1)
+                    g = call.grads[0].double().reshape(-1)
+                    kept = e.abs().argsort()[int(share * len(e)) :]
+                    total += float((g[kept] * e[kept]).square().sum())
+                if total < best[0]:
+                    best = (total, factor)
+            chosen[name] = best[1]
+            layer.quantizers[role].set_range_factor(best[1])
+    return chosen
+
+
+def by_layer_forward():
+    pairs = [BACKWARD[i : i + 2] for i in range(0, len(BACKWARD), 2)]
+    return [name for pair in reversed(pairs) for name in pair]
+
+
+@pytest.mark.parametrize("recipe_name", ["apq", "apq_pc"])
+@pytest.mark.parametrize("order", ["backward", "forward"])
+@pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
+def test_same_choices_as_brute_force_in_float64(index, order, recipe_name):
+    settings = recipe(recipe_name, search=dict(grids=short_grids(), order=order))
+    block, calls = prepared(index, settings)
+    with torch.no_grad():
+        want = brute_force(block, calls, settings.search)
+    got = search_block(block, stack_calls(calls), settings.search, lambda _: None)
+    assert got == pytest.approx(want)
+    assert len(set(got.values())) > 3  # the data does not make every choice the same
+    for name, layer in quantized_layers(block):
+        for role, quantizer in layer.quantizers.items():
+            scale, _ = quantizer.parameters_for(*quantizer.observed, want[f"{name}.{role}"])
+            assert torch.equal(quantizer.scale, scale)
+            assert quantizer.mode is QuantizerMode.QUANTIZE
+
+
+def test_a_full_shortlist_is_the_exact_form_and_the_module_metric_is_another():
+    exact = recipe("apq", search=dict(grids=short_grids()))
+    block, calls = prepared(0, exact)
+    results = {
+        name: search_block(block, calls, replace(exact.search, **change), lambda _: None)
+        for name, change in {"exact": {}, "full": dict(shortlist=8), "module": dict(metric="module")}.items()
+    }
+    assert results["exact"] == results["full"]
+    assert results["exact"] != results["module"]
+
+
+def test_module_metric_of_the_first_layer_against_brute_force():
+    settings = recipe("apq", search=dict(grids=short_grids(), metric="module", rounds=1))
+    block, calls = prepared(0, settings)
+    got = search_block(block, calls, settings.search, lambda _: None)
+    name, layer = "ffn.layers.0.0", dict(quantized_layers(block))["ffn.layers.0.0"]
+    errors = []
+    factors = settings.search.factors("Linear")
+    layer.quantizers["input"].set_range_factor(1.0)
+    for factor in factors:
+        layer.quantizers["weight"].set_range_factor(factor)
+        total = 0.0
+        for call in calls:
+            with torch.enable_grad(), float_only(block):
+                seen = {}
+
+                def keep(_, args, out, seen=seen):
+                    seen["x"], seen["y"] = args[0], out
+
+                handle = layer.register_forward_hook(keep)
+                output = block(*call.args)
+                handle.remove()
+                (g,) = torch.autograd.grad(output, seen["y"], call.grads[0])
+            e = (layer(seen["x"]) - seen["y"]).double().reshape(-1)
+            kept = e.abs().argsort()[int(0.1 * len(e)) :]
+            total += float((g.double().reshape(-1)[kept] * e[kept]).square().sum())
+        errors.append(total)
+    assert got[f"{name}.weight"] == factors[errors.index(min(errors))]
+
+
+def test_reused_prefix_changes_no_bit():
+    block, calls = prepared(1, recipe("minmax"))
+    for quantizer in quantizers_of(block):
+        quantizer.set_range_factor(1.0)
+    with torch.no_grad():
+        want = block(*calls[0].args)
+        for _, layer in quantized_layers(block):
+            ran = []
+            handle = block.norm1.register_forward_pre_hook(lambda *_: ran.append(1))
+            with reuse_prefix(block, calls[0], layer):
+                ran.clear()
+                assert torch.equal(block(*calls[0].args), want)
+                assert torch.equal(block(*calls[0].args), want)
+            handle.remove()
+            assert torch.equal(block(*calls[0].args), want)
+
+
+def test_prefix_keeps_away_from_outputs_that_are_modified_in_place():
+    class InPlace(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).add_(1))
+
+    block, x = InPlace(), torch.randn(2, 3)
+    with torch.no_grad():
+        want = block(x)
+        with reuse_prefix(block, BlockCall((x,), {}, [want], [want], (0,)), block.b):
+            assert torch.equal(block(x), want)
+            assert torch.equal(block(x), want)
+
+
+def test_module_gradients_are_those_of_the_float_block():
+    block, calls = prepared(0, recipe("minmax"))
+    recorded = record_modules(block, calls)
+    call = recorded["ffn.layers.1"][0]
+    # the last linear is followed by the residual sum alone
+    assert torch.equal(call.grads[0], calls[0].grads[0])
+    with float_only(block), torch.no_grad():
+        assert torch.equal(block.ffn.layers[1](*call.args), call.outputs[0])
+
+
+def test_stacking_keeps_images_apart():
+    _, calls = prepared(0, recipe("minmax"))
+    stacked = stack_calls(calls)
+    assert sorted(c.images for c in stacked) == [(0, 2), (1,)]
+    assert torch.equal(next(c for c in stacked if len(c.images) == 2).args[0][1:], calls[2].args[0])
+
+
+def test_window_sampling_is_a_valid_crop():
+    settings = recipe("apq_fast", search=dict(windows=1))
+    block, calls = prepared(1, settings)
+    with torch.no_grad(), float_only(block):
+        small = sample_call(block, calls[1], settings.search, seed=5)
+        again = sample_call(block, calls[1], settings.search, seed=5)
+        assert torch.equal(block(*small.args), small.outputs[0])
+    assert small.args[1] == (7, 7)
+    assert torch.equal(small.args[0], again.args[0])
+    height, width = calls[1].args[1]
+    grid = calls[1].args[0].view(height, width, -1)
+    crops = [grid[:7, c : c + 7].reshape(1, 49, -1) for c in (0, 7)]
+    assert any(torch.equal(crop, small.args[0]) for crop in crops)
+
+
+def test_slots_are_named_by_layer_and_role():
+    block, _ = prepared(0, recipe("minmax"))
+    assert Slot("attn.w_msa.qkv", block.attn.w_msa.qkv, "weight").name == "attn.w_msa.qkv.weight"

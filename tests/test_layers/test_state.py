@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+from conftest import build_swin, recipe
+from mmengine.runner.checkpoint import load_state_dict as mmengine_load
+
+from apq_mmdet.calibration import calibrate
+from apq_mmdet.errors import CheckpointError
+from apq_mmdet.layers import packed_state_dict, quantize_model, quantized_layers
+from apq_mmdet.layers.state import VERSION_KEY
+
+LAYER = "stages.0.blocks.0.ffn.layers.1"
+
+
+def fresh(**settings):
+    model = build_swin()
+    quantize_model(model, recipe("minmax", **settings).policy)
+    return model
+
+
+@pytest.fixture
+def calibrated():
+    model = fresh()
+    calibrate(model, [torch.randn(1, 3, 37, 50)], recipe("minmax"))
+    return model
+
+
+def mmengine_loader(model, state):
+    mmengine_load(model, type(model.state_dict())(state), strict=False)
+
+
+LOADERS = {"torch": lambda model, state: model.load_state_dict(state), "mmengine": mmengine_loader}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_loaded_model_is_bit_identical(load, bits):
+    model = fresh(w_bits=bits)
+    calibrate(model, [torch.randn(1, 3, 37, 50)], recipe("minmax", w_bits=bits))
+    state = packed_state_dict(model)
+    torch.manual_seed(1)
+    other = fresh(w_bits=bits)
+    load(other, state)
+    x = torch.randn(1, 3, 41, 30)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(x), other(x), strict=True))
+    again = packed_state_dict(other)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_weights_are_packed(calibrated):
+    state = packed_state_dict(calibrated)
+    for name, layer in quantized_layers(calibrated):
+        if "weight" in layer.quantizers:
+            assert f"{name}.weight" not in state
+            assert state[f"{name}.weight_codes"].dtype == torch.uint8
+            assert state[f"{name}.weight_codes"].numel() == (layer.weight.numel() + 1) // 2
+
+
+def test_a_live_state_dict_with_float_weights_loads_too(calibrated):
+    state = copy.deepcopy(calibrated.state_dict())
+    other = fresh()
+    other.load_state_dict(state)
+    x = torch.randn(1, 3, 41, 30)
+    with torch.no_grad():
+        assert torch.equal(calibrated(x)[0], other(x)[0])
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize(
+    "missing",
+    [f"{LAYER}.quantizers.input.scale", f"{LAYER}.weight_codes", f"{LAYER}.quantizers.weight.calibrated", "norm0.bias"],
+)
+def test_half_a_checkpoint_is_refused(calibrated, load, missing):
+    state = packed_state_dict(calibrated)
+    del state[missing]
+    with pytest.raises(CheckpointError, match=LAYER if "stages" in missing else missing):
+        load(fresh(), state)
+
+
+def change(key, value):
+    return lambda state: state.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change(VERSION_KEY, torch.tensor(99)), "format version 99.*newer apq_mmdet"),
+        (change(f"{LAYER}.weight_codes", torch.zeros(3, dtype=torch.uint8)), "3 bytes of packed codes"),
+        (change(f"{LAYER}.quantizers.weight.scale", torch.ones(5)), "scale is \\(5,\\), the model has \\(1,\\)"),
+        (change(f"{LAYER}.quantizers.input.calibrated", torch.tensor(False)), "not calibrated.*role input"),
+        (change(f"{LAYER}.quantizers.input.bits", torch.tensor(8, dtype=torch.uint8)), "8 in the checkpoint, 4 in"),
+        (change("stages.9.weight", torch.ones(1)), "unexpected stages.9.weight"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(calibrated, edit, message):
+    state = packed_state_dict(calibrated)
+    edit(state)
+    with pytest.raises(CheckpointError, match=message):
+        fresh().load_state_dict(state)
+
+
+def test_other_bits_are_refused(calibrated):
+    with pytest.raises(CheckpointError, match="holds 4-bit weights, the config asks for 6"):
+        fresh(w_bits=6).load_state_dict(packed_state_dict(calibrated))
+
+
+def test_saving_an_uncalibrated_model_is_refused():
+    with pytest.raises(CheckpointError, match="not calibrated"):
+        packed_state_dict(fresh())
