@@ -1,68 +1,75 @@
-"""Train a demo detector on the drawn demo set: ``python tools/train_demo.py mask-rcnn`` (then ``cascade``).
+"""Train a demo detector on the drawn demo set: ``python tools/train_demo.py mask-rcnn``, then ``cascade``.
 
-A checkpoint is written every epoch; ``--resume`` goes on from the latest. The final (averaged) weights are
-exported to ``demo/``, without optimizer, in a form that loads with ``torch.load(weights_only=True)``.
+A detector is trained in stages, one config each; a stage starts from the averaged weights of the one before it. A
+checkpoint is written every epoch: ``--resume`` skips finished stages and goes on from the latest checkpoint. The
+last stage's weights are exported without optimizer; they load with ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 
-CONFIGS = {
-    "mask-rcnn": "configs/demo/mask-rcnn_swin-demo.py",
-    "cascade": "configs/demo/cascade-mask-rcnn_swin-demo.py",
-}
+from apq_mmdet.files import _known_globals, safe_load, tensor_bytes, write_atomic
+
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = 3
+STAGES = {
+    "mask-rcnn": ("mask-rcnn_swin-demo_small", "mask-rcnn_swin-demo"),
+    "cascade": ("cascade-mask-rcnn_swin-demo",),
+}
+CASCADE_STAGES = 3
 
 
 def parse_args() -> argparse.Namespace:
     """Command line of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("detector", choices=CONFIGS)
-    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/NAME_OF_CONFIG")
-    parser.add_argument("--init", type=Path, help="weights to start from (cascade: demo/mask-rcnn_swin-demo.pth)")
+    parser.add_argument("detector", choices=STAGES)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs", help="gets a folder for each stage")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        default=ROOT / "demo/mask-rcnn_swin-demo.pth",
+        help="Mask R-CNN that the cascade starts from",
+    )
     parser.add_argument("--out", type=Path, help="exported checkpoint (default: demo/NAME_OF_CONFIG.pth)")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the work dir")
+    parser.add_argument("--resume", action="store_true", help="go on after an interruption")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="config overrides, key=value")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train, then export."""
+    """Train stage after stage, then export."""
     args = parse_args()
-    name = Path(CONFIGS[args.detector]).stem
-    cfg = Config.fromfile(ROOT / CONFIGS[args.detector])
-    cfg.work_dir = str(args.work_dir or ROOT / "work_dirs" / name)
-    cfg.resume = args.resume
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    init = args.init or (ROOT / "demo/mask-rcnn_swin-demo.pth" if args.detector == "cascade" else None)
-    if init and not args.resume:
-        cfg.load_from = str(_initial_weights(init, cascade=args.detector == "cascade", folder=Path(cfg.work_dir)))
-    # The runner's own checkpoints keep the log's history, which torch must be told is harmless.
-    arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np._core.multiarray.scalar]
-    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    torch.serialization.add_safe_globals([HistoryBuffer, *arrays, *dtypes, getattr])
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    export(Path(runner.work_dir) / f"epoch_{runner.max_epochs}.pth", args.out or ROOT / "demo" / f"{name}.pth")
+    before: Path | None = None
+    for name in STAGES[args.detector]:
+        folder = args.work_dir / name
+        if args.detector == "cascade":
+            before = folder / "init.pth"
+            weights = to_cascade(safe_load(args.init)["state_dict"])
+            write_atomic(before, tensor_bytes({"state_dict": weights}))
+        final = folder / "final.pth"
+        if not (args.resume and final.exists()):
+            train(name, folder, before, args.resume, args.cfg_options or {}, final)
+        before = final
+    out = args.out or ROOT / "demo" / final.parent.with_suffix(".pth").name
+    write_atomic(out, final.read_bytes())
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
-def _initial_weights(path: Path, cascade: bool, folder: Path) -> Path:
-    """File with the weights to start from; for a cascade, every stage gets a copy of the single heads."""
-    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": to_cascade(weights) if cascade else weights}, folder / "init.pth")
-    return folder / "init.pth"
+def train(name: str, folder: Path, init: Path | None, resume: bool, options: dict[str, object], final: Path) -> None:
+    """Run one stage and write its averaged weights to `final`."""
+    cfg = Config.fromfile(ROOT / f"configs/demo/{name}.py")
+    cfg.work_dir, cfg.resume = str(folder), resume
+    cfg.load_from = str(init) if init and not (resume and (folder / "last_checkpoint").exists()) else None
+    cfg.merge_from_dict(options)
+    with _known_globals():  # the runner's own checkpoints keep the log's history
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+    export(folder / f"epoch_{runner.max_epochs}.pth", final)
 
 
 def to_cascade(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -77,7 +84,7 @@ def to_cascade(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if head is None:
             result[key] = value
             continue
-        for stage in range(STAGES):
+        for stage in range(CASCADE_STAGES):
             regression = ".fc_reg." in key
             copy = value.unflatten(0, (-1, 4)).mean(0) * (stage + 1) if regression else value
             result[key.replace(f"{head}.", f"{head}.{stage}.")] = copy.clone()
@@ -86,13 +93,10 @@ def to_cascade(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def export(checkpoint: Path, out: Path) -> None:
     """Keep the weights and what ``init_detector`` needs, as plain Python types."""
-    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    meta = content["meta"]["dataset_meta"]
-    meta = {"classes": tuple(meta["classes"]), "palette": [tuple(c) for c in meta.get("palette", [])]}
+    content = safe_load(checkpoint)
+    meta = {"classes": tuple(content["meta"]["dataset_meta"]["classes"])}
     weights = {key: value.contiguous().clone() for key, value in content["state_dict"].items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"meta": {"dataset_meta": meta}, "state_dict": weights}, out)
-    print(f"{out}: {sum(v.numel() for v in weights.values()) / 1e6:.2f} M values")
+    write_atomic(out, tensor_bytes({"meta": {"dataset_meta": meta}, "state_dict": weights}))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ rcnn_stages = [
             min_pos_iou=iou,
             match_low_quality=False,
             ignore_iof_thr=-1),
-        sampler=dict(type='RandomSampler', num=32, pos_fraction=0.35, neg_pos_ub=-1, add_gt_as_proposals=True),
+        sampler=dict(type='RandomSampler', num=32, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
         mask_size=28,
         pos_weight=-1,
         debug=False)
@@ -57,13 +57,12 @@ model = dict(
         mask_head=[mask_head] * 3),
     train_cfg=dict(rcnn=rcnn_stages))
 
-# A short fine-tuning: `tools/train_demo.py cascade` starts from the trained Mask R-CNN.
+# A short fine-tuning: `tools/train_demo.py cascade` starts from the trained Mask R-CNN and sees 2 x 1000 images.
 max_epochs = 2
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
-optim_wrapper = dict(optimizer=dict(lr=3e-4))
-train_dataloader = dict(dataset=dict(pipeline={{_base_.train_pipeline}}))
-custom_hooks = [dict(type='EMAHook', momentum=0.002, priority=49)]
+train_cfg = dict(max_epochs=max_epochs)
+train_dataloader = dict(dataset=dict(indices=1000))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', T_max=max_epochs, end=max_epochs, eta_min=1e-5, convert_to_iter_based=True),
 ]
+custom_hooks = [dict(type='EMAHook', momentum=0.01, priority=49)]

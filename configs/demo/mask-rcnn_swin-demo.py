@@ -33,10 +33,3 @@ model = dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=200),
         rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=200)))
-
-# The first epochs see images of 160 pixels, the last ones the full size.
-train_dataloader = dict(dataset=dict(pipeline={{_base_.small_train_pipeline}}))
-custom_hooks = [
-    dict(type='EMAHook', momentum=0.002, priority=49),
-    dict(type='PipelineSwitchHook', switch_epoch=3, switch_pipeline={{_base_.train_pipeline}}),
-]
