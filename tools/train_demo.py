@@ -2,13 +2,14 @@
 
 A detector is trained in stages, one config each; a stage starts from the averaged weights of the one before it. A
 checkpoint is written every epoch: ``--resume`` skips finished stages and goes on from the latest checkpoint. The
-last stage's weights are exported without optimizer; they load with ``torch.load(weights_only=True)``.
+last stage's weights are exported in half precision, without optimizer, and load with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -56,20 +57,21 @@ def main() -> None:
             train(name, folder, before, args.resume, args.cfg_options or {}, final)
         before = final
     out = args.out or ROOT / "demo" / final.parent.with_suffix(".pth").name
-    write_atomic(out, final.read_bytes())
+    write_atomic(out, tensor_bytes(halved(safe_load(final))))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
-def train(name: str, folder: Path, init: Path | None, resume: bool, options: dict[str, object], final: Path) -> None:
+def train(name: str, folder: Path, init: Path | None, resume: bool, options: dict[str, Any], final: Path) -> None:
     """Run one stage and write its averaged weights to `final`."""
     cfg = Config.fromfile(ROOT / f"configs/demo/{name}.py")
-    cfg.work_dir, cfg.resume = str(folder), resume
-    cfg.load_from = str(init) if init and not (resume and (folder / "last_checkpoint").exists()) else None
+    cfg.work_dir = str(folder)
+    cfg.resume = resume and (folder / "last_checkpoint").exists()
+    cfg.load_from = str(init) if init and not cfg.resume else None
     cfg.merge_from_dict(options)
     with _known_globals():  # the runner's own checkpoints keep the log's history
         runner = Runner.from_cfg(cfg)
         runner.train()
-    export(folder / f"epoch_{runner.max_epochs}.pth", final)
+    write_atomic(final, tensor_bytes(publishable(folder / f"epoch_{runner.max_epochs}.pth")))
 
 
 def to_cascade(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,12 +93,18 @@ def to_cascade(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Keep the weights and what ``init_detector`` needs, as plain Python types."""
+def publishable(checkpoint: Path) -> dict[str, Any]:
+    """Only the weights and what ``init_detector`` needs, as plain Python types."""
     content = safe_load(checkpoint)
     meta = {"classes": tuple(content["meta"]["dataset_meta"]["classes"])}
     weights = {key: value.contiguous().clone() for key, value in content["state_dict"].items()}
-    write_atomic(out, tensor_bytes({"meta": {"dataset_meta": meta}, "state_dict": weights}))
+    return {"meta": {"dataset_meta": meta}, "state_dict": weights}
+
+
+def halved(content: dict[str, Any]) -> dict[str, Any]:
+    """The same in half precision, so that the file is small; a model widens the values when it loads them."""
+    weights = content["state_dict"]
+    return {**content, "state_dict": {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}}
 
 
 if __name__ == "__main__":
