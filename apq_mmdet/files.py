@@ -4,10 +4,13 @@ import contextlib
 import io
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 
 from apq_mmdet.errors import BadInputError
 
@@ -56,13 +59,18 @@ def safe_load(path: str | Path) -> Any:
         raise BadInputError(f"checkpoint {path} cannot be loaded safely (weights_only): {reason}") from error
 
 
-def _known_globals() -> contextlib.AbstractContextManager[Any]:
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
+def _history_attribute(owner: Any, name: str) -> Any:
+    """Stands in for ``getattr`` while a checkpoint is read: HistoryBuffer pickles its four statistics that way."""
+    if owner is not HistoryBuffer or name not in ("mean", "max", "min", "current"):
+        raise pickle.UnpicklingError(f"refused attribute {name!r} of {owner!r}")
+    return getattr(owner, name)
 
+
+def _known_globals() -> contextlib.AbstractContextManager[Any]:
     core = getattr(np, "_core", None) or np.core
-    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype]
-    allowed += [*(type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.bool_))]
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
+    allowed += [type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.bool_)]
+    allowed += [(_history_attribute, name) for name in ("builtins.getattr", "__builtin__.getattr")]
     # absent in torch < 2.5, which knows no such list and refuses these files
     manager = getattr(torch.serialization, "safe_globals", None)
     return manager(allowed) if manager else contextlib.nullcontext()

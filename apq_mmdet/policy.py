@@ -106,7 +106,8 @@ def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:
 class Policy:
     """What is quantized and how: bits, scope, format rules of the recipe, then the user's own overrides.
 
-    Later rules win. A role starts as per-tensor asymmetric affine with ``w_bits`` (role weight) or ``a_bits`` bits.
+    Rules have names, so that configs can change one by inheritance; later rules win. A role starts as per-tensor
+    asymmetric affine with ``w_bits`` (role weight) or ``a_bits`` bits.
 
     Args:
         w_bits, a_bits: 2 to 8, for weights and for everything else.
@@ -118,8 +119,8 @@ class Policy:
     w_bits: int = 8
     a_bits: int = 8
     scope: str = "backbone"
-    formats: tuple[Rule, ...] = ()
-    overrides: tuple[Rule, ...] = ()
+    formats: dict[str, Rule] = field(default_factory=dict)
+    overrides: dict[str, Rule] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, policy: dict[str, Any], where: str = "quant") -> "Policy":
@@ -134,8 +135,10 @@ class Policy:
             policy[key] = check_bits(policy.get(key, 8), f"{where}.{key}")
         refuse_unknown([policy.get("scope", "backbone")], SCOPES, f"{where}.scope")
         for key in ("formats", "overrides"):
-            rules = policy.get(key, ())
-            policy[key] = tuple(Rule.from_dict(r, f"{where}.{key}[{i}]") for i, r in enumerate(rules))
+            rules = policy.get(key, {})
+            if not hasattr(rules, "items"):
+                raise BadInputError(f"{where}.{key}: expected dict(name=dict(pattern=..., ...)), got {rules!r}")
+            policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
         return cls(**policy)
 
     def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], str]:
@@ -144,16 +147,16 @@ class Policy:
         specs: dict[str, dict[str, Any] | None] = {
             role: {"bits": self.w_bits if role == "weight" else self.a_bits} for role in roles
         }
-        for origin, rules in (("recipe", self.formats), ("override", self.overrides)):
-            for rule in rules:
+        for origin, rules in (("formats", self.formats), ("overrides", self.overrides)):
+            for rule_name, rule in rules.items():
                 if not rule.matches(name, kind):
                     continue
                 if rule.leave_float:
-                    specs, reason = dict.fromkeys(roles), f"{origin} rule {rule.pattern!r}"
+                    specs, reason = dict.fromkeys(roles), f"left float by {origin}.{rule_name}"
                 for role in set(roles) & set(rule.roles):
                     change = rule.roles[role]
                     if change is None:
-                        specs[role], reason = None, f"{origin} rule {rule.pattern!r}"
+                        specs[role], reason = None, f"left float by {origin}.{rule_name}"
                     else:
                         base = specs[role] or {"bits": self.w_bits if role == "weight" else self.a_bits}
                         specs[role] = {**base, **change}
@@ -161,13 +164,13 @@ class Policy:
 
     def check_overrides(self, names: list[tuple[str, str]]) -> None:
         """Raise BadInputError for an override whose pattern and kind match none of the (name, kind) pairs."""
-        for i, rule in enumerate(self.overrides):
+        for rule_name, rule in self.overrides.items():
             if not any(rule.matches(name, kind) for name, kind in names):
                 near = difflib.get_close_matches(rule.pattern, [name for name, _ in names], n=1, cutoff=0.3)
                 hint = f"; the nearest name is {near[0]!r}" if near else ""
                 raise BadInputError(
-                    f"quant.overrides[{i}]: pattern {rule.pattern!r} (kind {rule.kind or 'any'}) matches no layer "
-                    f"that scope {self.scope!r} quantizes{hint}"
+                    f"quant.overrides.{rule_name}: pattern {rule.pattern!r} (kind {rule.kind or 'any'}) matches no "
+                    f"layer that scope {self.scope!r} quantizes{hint}"
                 )
 
     def to_dict(self) -> dict[str, Any]:

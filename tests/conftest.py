@@ -1,13 +1,9 @@
-"""Small models that the tests share."""
+"""Fixtures of all tests."""
 
 import pytest
 import torch
+from helpers import build_swin
 from mmdet.models.backbones import SwinTransformer
-from torch import nn
-
-from apq_mmdet import models  # noqa: F401  (registers mmdet's layers)
-from apq_mmdet.calibration import Recipe
-from apq_mmdet.engine.quantized_config import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -15,38 +11,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-def build_swin(depth: int = 2, stages: int = 1) -> SwinTransformer:
-    """A Swin of 8 channels with random weights and biases, in eval mode."""
-    swin = SwinTransformer(
-        embed_dims=8,
-        depths=(depth,) * stages,
-        num_heads=(2, 4)[:stages],
-        strides=(4, 2)[:stages],
-        out_indices=tuple(range(stages)),
-        drop_path_rate=0.0,
-    )
-    for parameter in swin.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    swin.eval()  # mmdet's own train() returns None
-    return swin
-
-
 @pytest.fixture
 def swin() -> SwinTransformer:
     return build_swin()
-
-
-def recipe(name: str = "apq", **settings) -> Recipe:
-    """A shipped recipe at 4 bits with top-level settings changed; ``search`` is merged, not replaced."""
-    quant = load_recipe(name)
-    search = {**quant.get("search", {}), **settings.pop("search", {})}
-    quant = {**quant, "w_bits": 4, "a_bits": 4, **settings}
-    if search:
-        quant["search"] = search
-    return Recipe.from_dict(quant)
-
-
-def short_grids(number: int = 8) -> dict:
-    """Fewer candidates for tests."""
-    grid = (0.5, 1.1, number)
-    return {"Linear": grid, "Conv2d": grid, "ConvTranspose2d": grid, "MatMul": (0.9, 1.2, number)}

@@ -24,7 +24,7 @@ examples:
   the whole detector, calibrated on a folder of images without annotations, no evaluation:
     python tools/quantize_det.py CONFIG CHECKPOINT --scope detector --calib-dir IMAGES --no-eval --work-dir DIR
   leave a layer float (any key of the quant dict can be set):
-    ... --cfg-options "model.quant.overrides=[{'pattern':'*.fc_cls','float':True}]"
+    ... --cfg-options model.quant.overrides.mine.pattern='*.fc_cls' model.quant.overrides.mine.float=True
   afterwards, with mmdet's own unmodified tool:
     python <mmdet>/tools/test.py DIR/config.py DIR/quantized.pth
 

@@ -91,8 +91,8 @@ def standalone_config(cfg: Config, left_float: list[tuple[str, str]]) -> Config:
     cfg.test_cfg = dict(type="TestLoop")
     cfg.load_from, cfg.resume = None, False
     cfg.pop("work_dir", None)
-    names = list(dict.fromkeys(name for name, _ in left_float))
+    names = dict.fromkeys(name for name, _ in left_float)
     if names:
-        overrides = list(cfg.model.quant.get("overrides", []))
-        cfg.model.quant.overrides = overrides + [dict(pattern=name, float=True) for name in names]
+        unseen = {f"no_data_{i}": dict(pattern=name, float=True) for i, name in enumerate(names)}
+        cfg.model.quant.overrides = {**cfg.model.quant.get("overrides", {}), **unseen}
     return cfg

@@ -2,13 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from apq_mmdet.quantizers import Quantizer, QuantizerMode, quantizer_mode
 
 LayerClass = TypeVar("LayerClass", bound=type["QuantizedLayer"])
+
+
+class RoleQuantizers(nn.ModuleDict):
+    """Quantizers by role, as items but not as attributes.
+
+    mmengine's weight initialisers take every module that has an attribute ``weight`` for a layer with weights.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_modules", {}):
+            raise AttributeError(f"use quantizers[{name!r}]")
+        return super().__getattr__(name)
 
 
 class QuantizedLayer(nn.Module):
@@ -20,7 +32,7 @@ class QuantizedLayer(nn.Module):
 
     kind: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
-    quantizers: nn.ModuleDict
+    quantizers: RoleQuantizers
 
     def role_axis(self, role: str) -> tuple[int, int]:
         """Axis that finer granularities of this role cut, and its size."""
@@ -49,7 +61,7 @@ def register_layer(*float_classes: type[nn.Module]) -> Callable[[LayerClass], La
 def to_quantized(layer: nn.Module, quantizers: dict[str, Quantizer]) -> QuantizedLayer:
     """Turn a float layer into its quantized class in place and hand it its quantizers."""
     layer.__class__ = LAYERS[type(layer)]
-    layer.quantizers = nn.ModuleDict(quantizers)
+    layer.quantizers = RoleQuantizers(quantizers)
     return layer
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build_swin, recipe, short_grids
+from helpers import build_swin, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration import FeatureTask, calibrate
@@ -133,7 +133,7 @@ def test_a_quantizer_without_data_is_an_error_with_its_name():
     settings = recipe("minmax")
     model = Branching()
     quantize_model(model, settings.policy)
-    with pytest.raises(CalibrationError, match="second \\(input\\).*on_unseen='float'"):
+    with pytest.raises(CalibrationError, match=r"second \(input\).*on_unseen='float'"):
         calibrate(model, [torch.randn(2, 4)], settings)
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build_swin, recipe
+from helpers import build_swin, recipe
 from torch import nn
 
 from apq_mmdet.errors import BadInputError
@@ -41,7 +41,9 @@ def test_with_quantization_off_the_float_function_is_untouched(model, shape):
 def test_float_keys_are_kept_and_float_weights_load(swin):
     quantized = copy.deepcopy(swin)
     quantize_model(quantized, recipe("apq").policy)
-    assert [k for k in quantized.state_dict() if "quantizers" not in k and "version" not in k] == list(swin.state_dict())
+    assert [k for k in quantized.state_dict() if "quantizers" not in k and "version" not in k] == list(
+        swin.state_dict()
+    )
     assert not any(quantized.load_state_dict(swin.state_dict()))
 
 
@@ -72,7 +74,7 @@ def test_swin_table(swin):
 def test_transposed_convolution_as_an_option():
     model = EveryLayer()
     override = dict(kind="ConvTranspose2d", weight=dict(granularity="channel"), input={})
-    table = quantize_model(model, recipe("apq", overrides=[override]).policy)
+    table = quantize_model(model, recipe("apq", overrides=dict(deconv=override)).policy)
     row = next(r for r in table if (r.layer, r.role) == ("up", "weight"))
     assert (row.bits, row.groups) == (4, 4)
     assert next(r for r in table if (r.layer, r.role) == ("up", "input")).bits == 4
@@ -102,8 +104,8 @@ def test_a_subclass_with_its_own_forward_stays_float():
     [dict(weight=dict(granularity="head")), dict(input=dict(granularity="channel")), dict(weight=dict(granularity=7))],
 )
 def test_impossible_granularity_is_refused(rule):
-    with pytest.raises(BadInputError, match="layer 'fc'.*granularity"):
-        quantize_model(EveryLayer(), Policy.from_dict(dict(overrides=[dict(pattern="fc", **rule)])))
+    with pytest.raises(BadInputError, match=r"layer 'fc'.*granularity"):
+        quantize_model(EveryLayer(), Policy.from_dict(dict(overrides=dict(r=dict(pattern="fc", **rule)))))
 
 
 def test_a_model_without_layers_is_refused():

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build_swin, recipe
+from helpers import build_swin, recipe
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load
 
 from apq_mmdet.calibration import calibrate

@@ -1,0 +1,44 @@
+"""A drawn data set of a few images and a config of the demo detector on it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from apq_mmdet.datasets import write_demo_set
+
+CHECKPOINT = ROOT / "demo" / "mask-rcnn_swin-demo.pth"
+TRAIN, VAL = 8, 4
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    write_demo_set(folder, 0, TRAIN, VAL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(data, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "detector.py"
+    path.write_text(
+        f"_base_ = '{ROOT}/configs/demo/mask-rcnn_swin-demo.py'\n"
+        f"train_dataloader = dict(dataset=dict(data_root='{data}/'))\n"
+        f"test_dataloader = dict(dataset=dict(data_root='{data}/'), num_workers=0, persistent_workers=False)\n"
+        f"test_evaluator = dict(ann_file='{data}/annotations/instances_val.json')\n"
+        "default_hooks = dict(logger=dict(interval=1000))\n"
+    )
+    return path
+
+
+@pytest.fixture
+def copied_data(data, tmp_path) -> Path:
+    """A copy of the data set that a test may damage."""
+    return shutil.copytree(data, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> dict:
+    return torch.load(CHECKPOINT, weights_only=True)

@@ -1,0 +1,255 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from helpers import ROOT
+
+from apq_mmdet.engine import command
+from apq_mmdet.engine.quantized_config import COCO_ITEMS
+
+CHECKPOINT = ROOT / "demo" / "mask-rcnn_swin-demo.pth"
+TEST_TOOL = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
+QUICK = ["--recipe", "apq_fast", "--w-bits", "4", "--a-bits", "4", "--num-calib", "2", "--device", "cpu"]
+
+
+def quantize(config, work_dir, *options):
+    return command.main([str(config), str(CHECKPOINT), "--work-dir", str(work_dir), *QUICK, *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def result(config, tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp("whole")
+    assert quantize(config, work_dir, "--eval-float") == 0
+    return work_dir
+
+
+def test_what_a_run_leaves(result):
+    report = json.loads((result / "report.json").read_text())
+    for kind in ("float", "quantized"):
+        metrics = report["metrics"][kind]
+        assert {f"coco/{t}_{item}" for t in ("bbox", "segm") for item in COCO_ITEMS} <= set(metrics)
+    assert report["metrics"]["float"]["coco/bbox_mAP"] > 0.1
+    assert report["metrics"]["quantized"] != report["metrics"]["float"]
+    assert len(report["calibration_images"]) == 2
+    assert report["blocks"][0]["seconds"] > 0
+    assert report["peak_memory"]["host_bytes"] > 1e8
+    assert report["versions"]["mmdet"] == mmdet.__version__
+    assert {"layer", "role", "bits", "reason"} <= set(report["layers"][0])
+    sizes = report["sizes"]
+    assert sizes["quantized_checkpoint_bytes"] < 0.5 * sizes["float_checkpoint_bytes"]
+
+
+def test_weights_take_half_a_byte(result):
+    content = torch.load(result / "quantized.pth", weights_only=True)
+    assert content["meta"]["apq_mmdet"]["format_version"] == 1
+    assert len(content["meta"]["dataset_meta"]["classes"]) == 8
+    key = "backbone.stages.3.blocks.0.ffn.layers.0.0"
+    assert f"{key}.weight" not in content["state_dict"]
+    assert content["state_dict"][f"{key}.weight_codes"].shape == (256 * 1024 // 2,)
+
+
+def test_mmdets_own_tool_gives_the_same_ap(result, tmp_path):
+    run = subprocess.run(
+        [sys.executable, TEST_TOOL, result / "config.py", result / "quantized.pth", "--work-dir", tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = dict(re.findall(r"(coco/\w+[\w@]*): (-?[\d.]+)", run.stdout + run.stderr))
+    expected = json.loads((result / "report.json").read_text())["metrics"]["quantized"]
+    assert len(measured) >= 24
+    assert {key: float(value) for key, value in measured.items()} == pytest.approx(
+        {key: round(expected[key], 4) for key in measured}, abs=1e-9
+    )
+
+
+def test_detector_apis(result, data):
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+
+    model = init_detector(str(result / "config.py"), str(result / "quantized.pth"), device="cpu")
+    assert model.dataset_meta["classes"][0] == "target"
+    image = str(next((data / "val").iterdir()))
+    found = inference_detector(model, image).pred_instances
+    assert len(found) > 0
+    inferencer = DetInferencer(str(result / "config.py"), str(result / "quantized.pth"), device="cpu")
+    scores = inferencer(image, no_save_vis=True)["predictions"][0]["scores"]
+    assert scores == pytest.approx(found.scores.tolist())
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_killed_and_resumed_gives_the_same_bytes(result, config, tmp_path, kills):
+    args = [sys.executable, ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
+    states = tmp_path / "calibration"
+    for kill in range(kills):
+        process = subprocess.Popen(
+            [*args, "--resume", "--no-eval"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while len(list(states.glob("*.pth"))) <= 3 * (kill + 1):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "quantized.pth").exists()
+    assert quantize(config, tmp_path, "--resume", "--no-eval") == 0
+    assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
+
+
+def test_folder_of_images_without_annotations(config, data, tmp_path, capsys):
+    assert quantize(config, tmp_path, "--calib-dir", data / "train", "--no-eval", "--recipe", "minmax") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all(image.endswith((".png", ".jpg")) for image in report["calibration_images"])
+    assert "quantized not measured" in capsys.readouterr().out
+
+
+def test_a_layer_that_saw_nothing_can_stay_float(config, tmp_path, monkeypatch):
+    from mmdet.apis import init_detector
+
+    from apq_mmdet.models import distillation
+
+    monkeypatch.setattr(distillation.TwoStageTask, "_mask_rois", lambda *_: (None, None))
+    options = ["--recipe", "minmax", "--scope", "detector", "--no-eval"]
+    assert quantize(config, tmp_path, *options) == 1
+    assert quantize(config, tmp_path, *options, "--cfg-options", "model.quant.on_unseen=float") == 0
+    model = init_detector(str(tmp_path / "config.py"), str(tmp_path / "quantized.pth"), device="cpu")
+    layer = next(r for r in model.quantization_table if r.layer == "roi_head.mask_head.conv_logits")
+    assert layer.bits is None
+
+
+def damaged(checkpoint, tmp_path, change):
+    state = dict(checkpoint["state_dict"])
+    change(state)
+    path = tmp_path / "damaged.pth"
+    torch.save({"meta": {}, "state_dict": state}, path)
+    return path
+
+
+def drop(state):
+    del state["backbone.patch_embed.projection.weight"]
+
+
+def widen(state):
+    state["backbone.norm0.weight"] = torch.ones(7)
+
+
+def add(state):
+    state["backbone.stages.2.blocks.6.norm1.weight"] = torch.ones(1)
+
+
+def poison(state):
+    state["neck.fpn_convs.0.conv.bias"] = torch.full((64,), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, "another architecture.*lacks backbone.patch_embed.projection.weight"),
+        (widen, "another architecture.*backbone.norm0.weight \\(7,\\) instead of \\(32,\\)"),
+        (add, "another architecture.*unknown backbone.stages.2.blocks.6"),
+        (poison, "neck.fpn_convs.0.conv.bias' hold NaN"),
+    ],
+)
+def test_bad_checkpoints(config, checkpoint, tmp_path, capsys, change, message):
+    path = damaged(checkpoint, tmp_path, change)
+    assert command.main([str(config), str(path), "--work-dir", str(tmp_path / "w"), *QUICK]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_pickle_with_code_is_refused(config, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    assert command.main([str(config), str(tmp_path / "evil.pth"), "--work-dir", str(tmp_path)]) == 2
+    assert "cannot be loaded safely" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_quantizing_twice_is_refused(result, config, tmp_path, capsys):
+    code = command.main([str(config), str(result / "quantized.pth"), "--work-dir", str(tmp_path)])
+    assert code == 2
+    assert "already quantized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--w-bits", "9"], "--w-bits: bits must be a whole number from 2 to 8, got 9"),
+        (["--recipe", "aqp"], "did you mean 'apq'"),
+        (["--recipe", "none.py"], "recipe file none.py does not exist"),
+        (["--num-calib", "0"], "num_calib must be at least 1"),
+        (["--num-calib", "99"], "99 calibration images asked for, the training set holds 8"),
+        (["--calib-dir", "nowhere"], "calibration folder nowhere does not exist"),
+        (["--device", "tpu"], "--device must be"),
+        (["--cfg-options", "model.quant.overrides.mine.pattern=*.qvk"], "'\\*.qvk'.*matches no layer"),
+        (["--cfg-options", "model.quant.serach=1"], "did you mean 'search'"),
+        (["--cfg-options", "train_dataloader.dataset.ann_file=no.json"], "training set cannot be read.*--calib-dir"),
+        (["--cfg-options", "test_dataloader.dataset.ann_file=no.json"], "evaluation data cannot be read.*--no-eval"),
+    ],
+)
+def test_bad_options(config, tmp_path, capsys, options, message):
+    assert quantize(config, tmp_path / "w", *options) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("which", ["config", "checkpoint"])
+def test_missing_files(config, tmp_path, capsys, which):
+    args = {"config": str(config), "checkpoint": str(CHECKPOINT)} | {which: str(tmp_path / "absent.py")}
+    assert command.main([args["config"], args["checkpoint"], "--work-dir", str(tmp_path)]) == 2
+    assert "absent.py does not exist" in capsys.readouterr().err
+
+
+def test_broken_config(tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("model = dict(")
+    assert command.main([str(tmp_path / "broken.py"), str(CHECKPOINT), "--work-dir", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_calibrating_on_evaluated_images_is_refused(config, data, tmp_path, capsys):
+    assert quantize(config, tmp_path, "--calib-dir", data / "val") == 2
+    assert "calibration images are evaluated images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damaged_and_missing_images(config, copied_data, tmp_path, capsys, split):
+    for path in (copied_data / split).iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    options = ["--cfg-options"]
+    options += [f"{s}_dataloader.dataset.data_root={copied_data}/" for s in ("train", "test")]
+    if split == "val":
+        for path in (copied_data / split).iterdir():
+            path.unlink()
+    assert quantize(config, tmp_path / "w", *options) == 2
+    message = "calibration image .* cannot be read" if split == "train" else "evaluation image .* does not exist"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_resuming_another_run_is_refused(result, config, capsys):
+    assert quantize(config, result, "--resume", "--a-bits", "6", "--no-eval") == 2
+    assert "belongs to another run, it differs in quant" in capsys.readouterr().err
+
+
+def test_a_failure_in_the_work_is_exit_code_1(config, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("apq_mmdet.engine.ptq_loop.save_quantized", fail)
+    assert quantize(config, tmp_path, "--no-eval", "--recipe", "minmax") == 1
+    assert "failed: OSError: no space left on device" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--scope detector" in text
+    assert "exit codes" in text

@@ -1,0 +1,59 @@
+"""Draw a float detector's detections on an image beside those of its quantized versions."""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmdet.apis import inference_detector, init_detector
+from mmdet.registry import VISUALIZERS
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line of this tool."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("image", help="image to run on")
+    parser.add_argument(
+        "models", nargs="+", metavar="TITLE=CONFIG,CHECKPOINT", help="models from left to right, the float one first"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--score-thr", type=float, default=0.5, help="least score of what is drawn (default: 0.5)")
+    parser.add_argument("--scale", type=int, default=2, help="enlargement of the picture (default: 2)")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) -> np.ndarray:
+    """The image with one model's detections and a title above, BGR uint8 [H, W, 3]."""
+    model = init_detector(config, checkpoint, device=args.device)
+    result = inference_detector(model, args.image)
+    visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", alpha=0.5, line_width=1))
+    visualizer.dataset_meta = model.dataset_meta
+    image = cv2.cvtColor(cv2.imread(args.image), cv2.COLOR_BGR2RGB)
+    size = (image.shape[1] * args.scale, image.shape[0] * args.scale)
+    result.pred_instances.bboxes *= args.scale
+    masks = [cv2.resize(m.astype(np.uint8), size) > 0 for m in result.pred_instances.pop("masks").cpu().numpy()]
+    result.pred_instances.masks = np.array(masks).reshape(-1, size[1], size[0])
+    image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+    visualizer.add_datasample(title, image, result, draw_gt=False, pred_score_thr=args.score_thr)
+    drawn = cv2.cvtColor(visualizer.get_image(), cv2.COLOR_RGB2BGR)
+    head = np.full((28, drawn.shape[1], 3), 255, np.uint8)
+    count = int((result.pred_instances.scores >= args.score_thr).sum())
+    cv2.putText(head, f"{title}: {count} objects", (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.vstack([head, drawn])
+
+
+def main() -> None:
+    """Write the picture."""
+    args = parse_args()
+    panels = []
+    for model in args.models:
+        title, _, paths = model.partition("=")
+        panels.append(panel(title, *paths.split(","), args))
+    gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
+    cv2.imwrite(str(args.out), np.hstack([part for p in panels for part in (p, gap)][:-1]))
+    print(f"{args.out} written")
+
+
+if __name__ == "__main__":
+    main()
