@@ -1,6 +1,7 @@
 """``make demo``: quantize the demo Mask R-CNN to 8, 6 and 4 bits and print its AP beside float."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -52,11 +53,13 @@ def main() -> int:
     rows = []
     for bits in BITS:
         out = args.work_dir / f"w{bits}a{bits}"
-        print(f"== W{bits}A{bits}, log in {out}", flush=True)
+        print(f"== W{bits}A{bits}, log in {out}/log.txt", flush=True)
         options = [str(ROOT / "configs" / "demo" / f"{name}.py"), str(checkpoint), "--work-dir", str(out)]
         options += ["--recipe", RECIPE, "--w-bits", str(bits), "--a-bits", str(bits)]
         options += ["--num-calib", str(args.num_calib), "--cfg-options", *data_options(data)]
-        code = command.main(options if rows else [*options, "--eval-float"])
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+            code = command.main(options if rows else [*options, "--eval-float"])
         if code:
             return code
         report = json.loads((out / "report.json").read_text())

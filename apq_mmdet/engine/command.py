@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from apq_mmdet.engine.quantized_config import quantized_config, with_ptq_loop
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
 
+LONGEST_CALIBRATION = 7 * 24 * 3600  # seconds that waiting processes allow the first one
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 EPILOG = """
@@ -109,6 +111,28 @@ def choose_device(device: str | None) -> None:
         raise BadInputError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
 
 
+def prepare_launcher(cfg: Config) -> None:
+    """Let several processes evaluate together while the first one calibrates; the others wait for it.
+
+    mmengine starts process groups with CUDA only. On a CPU the group is made here, and the model wrapped without
+    devices.
+
+    Raises:
+        BadInputError: slurm or mpi without CUDA.
+    """
+    cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", dict(backend="nccl"))
+    cfg.env_cfg.dist_cfg.timeout = LONGEST_CALIBRATION
+    if cfg.launcher == "none" or torch.cuda.is_available():
+        return
+    if cfg.launcher != "pytorch":
+        raise BadInputError(f"--launcher {cfg.launcher} needs CUDA; on CPUs use torchrun and --launcher pytorch")
+    if "RANK" not in os.environ:
+        raise BadInputError("--launcher pytorch: start the command with torchrun")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=LONGEST_CALIBRATION))
+    cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+
+
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Quantize; returns the quantized model's metrics."""
     if not Path(args.config).is_file():
@@ -116,8 +140,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     if not Path(args.checkpoint).is_file():
         raise BadInputError(f"checkpoint {args.checkpoint} does not exist")
     choose_device(args.device)
-    runner = Runner.from_cfg(build_config(args))
-    return runner.test()
+    cfg = build_config(args)
+    prepare_launcher(cfg)
+    return Runner.from_cfg(cfg).test()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -253,3 +253,12 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     assert "--scope detector" in text
     assert "exit codes" in text
+
+
+def test_two_processes_give_the_same_bytes_and_ap(result, config, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args = [ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
+    subprocess.run([*launch, *args, "--launcher", "pytorch"], check=True, capture_output=True)
+    assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
+    alone, together = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path))
+    assert together["quantized"] == alone["quantized"]

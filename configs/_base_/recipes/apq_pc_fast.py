@@ -1,0 +1,10 @@
+# `apq_pc` with the search of `apq_fast`.
+_base_ = "./apq_fast.py"
+
+quant = dict(
+    recipe="apq_pc_fast",
+    formats=dict(
+        linear=dict(weight=dict(granularity="channel")),
+        qkv=dict(weight=dict(granularity="channel")),
+    ),
+)
