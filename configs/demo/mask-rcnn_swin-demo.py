@@ -33,3 +33,6 @@ model = dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=200),
         rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=200)))
+
+# Trained in two stages: `mask-rcnn_swin-demo_small.py` first, then this one on three quarters of the images.
+train_dataloader = dict(dataset=dict(indices=3000))

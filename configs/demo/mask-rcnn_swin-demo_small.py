@@ -3,7 +3,7 @@ _base_ = './mask-rcnn_swin-demo.py'
 
 max_epochs = 3
 train_cfg = dict(max_epochs=max_epochs)
-train_dataloader = dict(dataset=dict(pipeline={{_base_.small_train_pipeline}}))
+train_dataloader = dict(dataset=dict(indices=None, pipeline={{_base_.small_train_pipeline}}))
 optim_wrapper = dict(optimizer=dict(lr=7e-4))
 # The decay is left at three quarters of its way: the full-size stage goes on from there.
 param_scheduler = [
