@@ -57,10 +57,10 @@ model = dict(
         mask_head=[mask_head] * 3),
     train_cfg=dict(rcnn=rcnn_stages))
 
-# A short fine-tuning: `tools/train_demo.py cascade` starts from the trained Mask R-CNN and sees 800 images twice.
+# A short fine-tuning: `tools/train_demo.py cascade` starts from the trained Mask R-CNN and sees 1000 images twice.
 max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs)
-train_dataloader = dict(dataset=dict(indices=800))
+train_dataloader = dict(dataset=dict(indices=1000))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', T_max=max_epochs, end=max_epochs, eta_min=1e-5, convert_to_iter_based=True),
