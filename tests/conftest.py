@@ -1,5 +1,11 @@
 """Fixtures of all tests."""
 
+import os
+
+# one thread in this process and in those it starts: results are compared bit by bit, and threads of several
+# processes would fight for the cores
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from helpers import build_swin
@@ -9,6 +15,7 @@ from mmdet.models.backbones import SwinTransformer
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,27 @@
+import mmdet
+import pytest
+import torch
+
+from apq_mmdet import versions
+
+
+@pytest.mark.parametrize("version", ["3.3.0", "3.1.0", "3.3.0+cu118", "3.3.0rc1"])
+def test_fitting_versions(monkeypatch, version):
+    monkeypatch.setattr(mmdet, "__version__", version)
+    versions.check_versions()
+
+
+def test_a_version_that_does_not_fit_is_named(monkeypatch):
+    monkeypatch.setattr(mmdet, "__version__", "2.28.2")
+    with pytest.raises(ImportError, match=r"needs mmdet >=3\.1\.0,<4\.0\.0; mmdet 2\.28\.2 is imported"):
+        versions.check_versions()
+
+
+def test_a_missing_module_is_named(monkeypatch):
+    monkeypatch.setitem(versions.SUPPORTED, "no_such_module", ("1.0", "2.0"))
+    with pytest.raises(ImportError, match="needs no_such_module"):
+        versions.check_versions()
+
+
+def test_imported_versions():
+    assert versions.imported_versions()["torch"] == torch.__version__
