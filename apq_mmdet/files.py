@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def safe_load(path: str | Path) -> Any:
         with _known_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        reason = f"it holds {refused[1]}, which is no tensor" if refused else type(error).__name__
         raise BadInputError(f"checkpoint {path} cannot be loaded safely (weights_only): {reason}") from error
 
 
@@ -68,8 +70,10 @@ def _history_attribute(owner: Any, name: str) -> Any:
 
 def _known_globals() -> contextlib.AbstractContextManager[Any]:
     core = getattr(np, "_core", None) or np.core
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     allowed += [type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.bool_)]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the name in files of numpy 1 and numpy 2
+        allowed += [(getattr(core.multiarray, name), f"{module}.{name}") for name in ("_reconstruct", "scalar")]
     allowed += [(_history_attribute, name) for name in ("builtins.getattr", "__builtin__.getattr")]
     # absent in torch < 2.5, which knows no such list and refuses these files
     manager = getattr(torch.serialization, "safe_globals", None)

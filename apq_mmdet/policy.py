@@ -49,36 +49,39 @@ class Rule:
     """Settings for the layers of one kind (None: every kind) whose name matches a pattern.
 
     Patterns are globs (``*.qkv``) or, after ``re:``, regular expressions that must match the whole name.
-    ``roles`` maps a role to spec fields to change, or to None: that role stays float.
+    ``bits`` changes the bits of all roles that are quantized by then. ``roles`` maps a role to spec fields to change
+    (which quantizes a role that an earlier rule left float), or to None: that role stays float.
     """
 
     pattern: str = "*"
     kind: str | None = None
     leave_float: bool = False
+    bits: int | None = None
     roles: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, rule: dict[str, Any], where: str) -> "Rule":
         """Parse ``dict(pattern=, kind=, float=, bits=, <role>=dict(bits=, format=, granularity=, symmetric=))``."""
+        if not hasattr(rule, "keys"):
+            raise BadInputError(f"{where}: expected dict(pattern=..., ...), got {rule!r}")
         rule = dict(rule)
         refuse_unknown(rule, ("pattern", "kind", "float", "bits", *ROLES), where)
         kind = rule.get("kind")
         if kind is not None:
             refuse_unknown([kind], KINDS, f"{where}.kind")
         roles: dict[str, dict[str, Any] | None] = {}
-        if "bits" in rule:
-            roles = {role: {"bits": check_bits(rule["bits"], f"{where}.bits")} for role in ROLES}
+        bits = check_bits(rule["bits"], f"{where}.bits") if "bits" in rule else None
         for role in ROLES:
             if role in rule:
                 given = rule[role]
-                roles[role] = None if given is None else {**(roles.get(role) or {}), **_spec_fields(given, where, role)}
+                roles[role] = None if given is None else _spec_fields(given, where, role)
         pattern = rule.get("pattern", "*")
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
             except re.error as error:
                 raise BadInputError(f"{where}.pattern: {pattern!r} is no regular expression: {error}") from error
-        return cls(pattern, kind, bool(rule.get("float", False)), roles)
+        return cls(pattern, kind, bool(rule.get("float", False)), bits, roles)
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of a layer of this full name and kind."""
@@ -153,6 +156,8 @@ class Policy:
                     continue
                 if rule.leave_float:
                     specs, reason = dict.fromkeys(roles), f"left float by {origin}.{rule_name}"
+                if rule.bits is not None:
+                    specs = {r: spec and {**spec, "bits": rule.bits} for r, spec in specs.items()}
                 for role in set(roles) & set(rule.roles):
                     change = rule.roles[role]
                     if change is None:
@@ -162,11 +167,18 @@ class Policy:
                         specs[role] = {**base, **change}
         return {role: QuantizerSpec(**spec) for role, spec in specs.items() if spec is not None}, reason
 
-    def check_overrides(self, names: list[tuple[str, str]]) -> None:
-        """Raise BadInputError for an override whose pattern and kind match none of the (name, kind) pairs."""
+    def check_overrides(self, layers: list[tuple[str, str, tuple[str, ...]]]) -> None:
+        """Raise BadInputError for an override that changes none of the (name, kind, roles) layers."""
         for rule_name, rule in self.overrides.items():
-            if not any(rule.matches(name, kind) for name, kind in names):
-                near = difflib.get_close_matches(rule.pattern, [name for name, _ in names], n=1, cutoff=0.3)
+            matched = [roles for name, kind, roles in layers if rule.matches(name, kind)]
+            absent = [role for role in rule.roles if matched and not any(role in roles for roles in matched)]
+            if absent:
+                raise BadInputError(
+                    f"quant.overrides.{rule_name}: no layer that matches {rule.pattern!r} has a role {absent[0]!r}; "
+                    f"they have {', '.join(sorted({role for roles in matched for role in roles}))}"
+                )
+            if not matched:
+                near = difflib.get_close_matches(rule.pattern, [name for name, *_ in layers], n=1, cutoff=0.3)
                 hint = f"; the nearest name is {near[0]!r}" if near else ""
                 raise BadInputError(
                     f"quant.overrides.{rule_name}: pattern {rule.pattern!r} (kind {rule.kind or 'any'}) matches no "

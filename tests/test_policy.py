@@ -28,6 +28,8 @@ from apq_mmdet.policy import Policy
         (dict(search=dict(windows=2, block_input="quantized")), "windows=2 needs block_input='float'"),
         (dict(on_unseen="ignore"), "on_unseen"),
         (dict(overrides=[dict(pattern="*")]), "expected dict\\(name=dict"),
+        (dict(overrides=dict(r=True)), "quant.overrides.r: expected dict\\(pattern="),
+        (dict(search=1), "quant.search: expected dict"),
     ],
 )
 def test_bad_values_are_named(quant, message):
@@ -66,4 +68,18 @@ def test_one_role_can_stay_float():
 def test_override_that_matches_nothing_is_refused():
     policy = Policy.from_dict(dict(overrides=dict(r=dict(pattern="*.qvk", float=True))))
     with pytest.raises(BadInputError, match=r"overrides.r: .*matches no layer.*attn\.qkv"):
-        policy.check_overrides([("attn.qkv", "Linear")])
+        policy.check_overrides([("attn.qkv", "Linear", ("weight", "input"))])
+
+
+def test_override_of_a_role_that_no_matched_layer_has_is_refused():
+    policy = Policy.from_dict(dict(overrides=dict(r=dict(pattern="*.qkv", query=dict(bits=8)))))
+    with pytest.raises(BadInputError, match=r"overrides\.r: .* has a role 'query'; they have input, weight"):
+        policy.check_overrides([("attn.qkv", "Linear", ("weight", "input"))])
+
+
+def test_bare_bits_do_not_quantize_what_the_recipe_leaves_float():
+    formats = dict(deconv=dict(kind="ConvTranspose2d", float=True))
+    roles = ("weight", "input")
+    for override, quantized in ((dict(pattern="*", bits=8), []), (dict(pattern="*", weight=dict(bits=8)), ["weight"])):
+        policy = Policy.from_dict(dict(formats=formats, overrides=dict(mine=override)))
+        assert list(policy.scheme("up", "ConvTranspose2d", roles)[0]) == quantized

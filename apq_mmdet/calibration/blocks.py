@@ -70,10 +70,13 @@ class CaptureStore:
     """Captured block calls on disk, read back through memory maps: memory stays that of one block.
 
     Files live in a temporary folder that goes with the context.
+
+    Args:
+        parent: existing folder to make it in; None for the system's.
     """
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_")
+    def __init__(self, parent: str | Path | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_", dir=parent)
         self._calls: dict[str, list[tuple[int, int]]] = {}
 
     def __enter__(self) -> "CaptureStore":

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,36 +15,44 @@ from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, captu
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.sampling import sample_call, stack_calls
 from apq_mmdet.calibration.search import search_block
-from apq_mmdet.errors import CalibrationError
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 
 class BlockStates(Protocol):
     """Where finished blocks are kept, so that a killed calibration can go on."""
 
-    def load(self, block: str) -> dict[str, Tensor] | None:
-        """State of a finished block's quantizers, or None."""
+    def load(self, block: str) -> dict[str, Any] | None:
+        """``dict(state=, factors=, seconds=)`` of a finished block, or None."""
 
-    def save(self, block: str, state: dict[str, Tensor]) -> None:
-        """Keep the state of a block that has just been finished."""
+    def save(self, block: str, finished: dict[str, Any]) -> None:
+        """Keep a block that has just been finished."""
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What the calibration of one block did: wall-clock seconds and the chosen range factor by layer and role."""
+    """What the calibration of one block did.
+
+    Attributes:
+        seconds: wall-clock time of its search, in the run that searched it.
+        factors: the chosen range factor by layer and role.
+        resumed: whether an earlier run had finished it.
+    """
 
     block: str
     seconds: float
-    factors: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, float]
+    resumed: bool
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Reports of all blocks, and the (layer, role) pairs that saw no data and were left float."""
+    """Reports of all blocks, and the names of the layers that saw no data and were left float."""
 
     blocks: list[BlockReport]
-    left_float: list[tuple[str, str]]
+    left_float: list[str]
 
 
 def calibrate(
@@ -53,6 +62,7 @@ def calibrate(
     task: CalibrationTask | None = None,
     states: BlockStates | None = None,
     seed: int = 0,
+    capture_dir: str | Path | None = None,
 ) -> CalibrationReport:
     """Find the parameters of all quantizers of a model that ``quantize_model`` converted.
 
@@ -63,19 +73,23 @@ def calibrate(
         task: runs the model and gives the distillation loss; by default the model is called on each sample.
         states: keeps finished blocks; those already kept are not searched again.
         seed: of the random samplers of the fast recipes.
+        capture_dir: existing folder for captured activations, which are deleted in the end; None takes the system's
+            temporary folder. A search needs about the size of all blocks' inputs, outputs and gradients, per image.
 
     Raises:
+        BadInputError: a grid holds no factor that a format allows.
         CalibrationError: no samples, a quantizer that saw no data, a zero or non-finite gradient.
     """
     if not len(samples):
         raise CalibrationError("no calibration samples")
+    _check_grids(model, recipe.search)
     task = task or FeatureTask()
     blocks = partition(model)
     was_training = model.training
     model.eval()
     try:
-        with CaptureStore() as store, torch.no_grad():
-            teachers = _float_pass(model, blocks, samples, task, store)
+        with CaptureStore(capture_dir) as store, torch.no_grad():
+            teachers = _float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
             for quantizer in quantizers_of(model):
                 quantizer.set_range_factor(1.0)
@@ -113,8 +127,20 @@ def _float_pass(
     return teachers
 
 
-def _handle_unseen(model: nn.Module, on_unseen: str) -> list[tuple[str, str]]:
-    """Refuse or leave float the layers whose activation quantizers saw no data."""
+def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:
+    if search is None:
+        return
+    for name, layer in quantized_layers(model):
+        for role, quantizer in layer.quantizers.items():
+            if not search.factors(layer.kind, quantizer.min_factor):
+                raise BadInputError(
+                    f"quant.search.grids.{layer.kind} {search.grids[layer.kind]} holds no range factor of at least "
+                    f"{quantizer.min_factor}, which the format of {name} ({role}) asks for"
+                )
+
+
+def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
+    """Refuse or leave float the layers whose activation quantizers saw no data; returns the names of the latter."""
     unseen = [
         (name, role)
         for name, layer in quantized_layers(model)
@@ -127,12 +153,9 @@ def _handle_unseen(model: nn.Module, on_unseen: str) -> list[tuple[str, str]]:
             f"no calibration data reached {listed}. Use other or more calibration images, or set "
             f"quant.on_unseen='float' to leave such layers in float"
         )
-    layers = dict(quantized_layers(model))
-    removed = []
-    for name in dict.fromkeys(name for name, _ in unseen):
-        removed += [(name, role) for role in layers[name].quantizers]
-        layers[name].quantizers.clear()
-    return removed
+    names = list(dict.fromkeys(name for name, _ in unseen))
+    leave_float(model, names)
+    return names
 
 
 def _search_blocks(
@@ -152,18 +175,20 @@ def _search_blocks(
     with tqdm(total=sum(slots.values()), desc="search", unit="range", smoothing=0.05) as bar:
         for position, name in enumerate(order):
             start, done = time.perf_counter(), bar.n
-            state = states.load(name) if states is not None else None
-            if state is not None:
-                _load_quantizers(blocks[name], state)
-                factors: dict[str, float] = {}
+            kept = states.load(name) if states is not None else None
+            if kept is not None:
+                _load_quantizers(blocks[name], kept["state"])
+                reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
             else:
                 if search.block_input == "quantized":
                     _recapture_inputs(model, blocks, order[position:], samples, teachers, task, store)
                 factors = _search_one(blocks[name], name, store, search, bar, seed + position)
+                seconds = time.perf_counter() - start
                 if states is not None:
-                    states.save(name, _quantizer_state(blocks[name]))
+                    state = _quantizer_state(blocks[name])
+                    states.save(name, {"state": state, "factors": factors, "seconds": seconds})
+                reports.append(BlockReport(name, seconds, factors, resumed=False))
             bar.update(done + slots[name] - bar.n)
-            reports.append(BlockReport(name, time.perf_counter() - start, factors))
     return reports
 
 

@@ -49,6 +49,8 @@ class SearchConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "SearchConfig":
         """Validate; BadInputError names the key."""
+        if not hasattr(config, "keys"):
+            raise BadInputError(f"{where}: expected dict(metric=..., ...) or None, got {config!r}")
         refuse_unknown(config, [f.name for f in fields(cls)], where)
         config = dict(config)
         for key, choices in (("metric", METRICS), ("order", ORDERS), ("block_input", BLOCK_INPUTS)):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.recipe import SearchConfig
@@ -77,9 +77,8 @@ def _stack(calls: list[BlockCall]) -> BlockCall:
     if len(calls) == 1:
         return calls[0]
 
-    def cat(*leaves: Any) -> Any:
-        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
-
-    trees = [[c.args, c.kwargs, c.outputs, c.grads] for c in calls]
-    args, kwargs, outputs, grads = tree_map(cat, *trees)
+    flat = [tree_flatten([c.args, c.kwargs, c.outputs, c.grads]) for c in calls]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    args, kwargs, outputs, grads = tree_unflatten(leaves, flat[0][1])
     return BlockCall(tuple(args), kwargs, outputs, grads, tuple(i for c in calls for i in c.images))

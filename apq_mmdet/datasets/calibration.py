@@ -1,5 +1,6 @@
 """Calibration images: drawn from a config's training set or a plain folder, through the config's test pipeline."""
 
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImag
         raise BadInputError("the config has no train_dataloader.dataset: give a folder with --calib-dir") from error
     try:
         dataset = DATASETS.build(config)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
         raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     images = [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import tensor_bytes, write_atomic, write_json
@@ -28,6 +27,8 @@ class BlockStatesOnDisk:
         self.folder = folder
         run = json.loads(json.dumps(run))
         description = folder / "run.json"
+        for leftover in folder.glob("apq_capture_*"):  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
         if resume and description.exists():
             kept = json.loads(description.read_text())
             changed = [key for key in run if kept.get(key) != run[key]]
@@ -43,11 +44,11 @@ class BlockStatesOnDisk:
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.pth"
 
-    def load(self, block: str) -> dict[str, Tensor] | None:
-        """State of a finished block's quantizers, or None."""
+    def load(self, block: str) -> dict[str, Any] | None:
+        """What was saved of a finished block, or None."""
         path = self._path(block)
         return torch.load(path, weights_only=True) if path.exists() else None
 
-    def save(self, block: str, state: dict[str, Tensor]) -> None:
+    def save(self, block: str, finished: dict[str, Any]) -> None:
         """Keep a finished block, atomically."""
-        write_atomic(self._path(block), tensor_bytes(state))
+        write_atomic(self._path(block), tensor_bytes(finished))

@@ -2,18 +2,21 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import mmengine.device.utils
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from apq_mmdet.engine.quantized_config import quantized_config, with_ptq_loop
-from apq_mmdet.errors import BadInputError
+from apq_mmdet.engine.quantized_config import quantized_config, read_config, with_ptq_loop
+from apq_mmdet.errors import BadInputError, CalibrationError, CheckpointError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
 
 LONGEST_CALIBRATION = 7 * 24 * 3600  # seconds that waiting processes allow the first one
@@ -75,13 +78,12 @@ def build_config(args: argparse.Namespace) -> Config:
             settings[key] = check_bits(getattr(args, key), "--" + key.replace("_", "-"))
     if args.scope:
         settings["scope"] = args.scope
-    try:
-        cfg = Config.fromfile(args.config)
-    except Exception as error:
-        raise BadInputError(f"config {args.config} cannot be read: {error}") from error
-    cfg = quantized_config(cfg, args.recipe, settings)
+    cfg = quantized_config(read_config(args.config), args.recipe, settings)
     if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options, allow_list_keys=True)
+        try:
+            cfg.merge_from_dict(args.cfg_options, allow_list_keys=True)
+        except (KeyError, TypeError, AssertionError) as error:
+            raise BadInputError(f"--cfg-options: {error}") from error
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher
     cfg.load_from, cfg.resume = None, False
@@ -99,16 +101,18 @@ def build_config(args: argparse.Namespace) -> Config:
 
 
 def choose_device(device: str | None) -> None:
-    """Make mmengine's Runner, which takes CUDA where it sees it, use ``device``."""
-    if device in (None, "cuda") or (device or "").startswith("cuda:"):
-        if device and not torch.cuda.is_available():
-            raise BadInputError(f"--device {device}: this machine or this torch has no CUDA")
-        if device and ":" in device:
-            torch.cuda.set_device(device)
-    elif device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:
+    """Make mmengine's Runner use ``device``; None leaves it mmengine's choice, CUDA where there is one."""
+    if device is None:
+        return
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise BadInputError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+    if device != "cpu":
+        index = torch.device(device).index or 0
+        if index >= torch.cuda.device_count():
+            raise BadInputError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(index)
+    # mmengine has no other way to choose: its Runner asks get_device(), which returns this
+    mmengine.device.utils.DEVICE = device.split(":")[0]
 
 
 def prepare_launcher(cfg: Config) -> None:
@@ -122,7 +126,7 @@ def prepare_launcher(cfg: Config) -> None:
     """
     cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", dict(backend="nccl"))
     cfg.env_cfg.dist_cfg.timeout = LONGEST_CALIBRATION
-    if cfg.launcher == "none" or torch.cuda.is_available():
+    if cfg.launcher == "none" or get_device() != "cpu":
         return
     if cfg.launcher != "pytorch":
         raise BadInputError(f"--launcher {cfg.launcher} needs CUDA; on CPUs use torchrun and --launcher pytorch")
@@ -131,6 +135,18 @@ def prepare_launcher(cfg: Config) -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=LONGEST_CALIBRATION))
     cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The Runner with the quantized model.
+
+    Raises:
+        BadInputError: the model cannot be built from the config, or the work dir cannot be made.
+    """
+    try:
+        return Runner.from_cfg(cfg)
+    except (TypeError, KeyError, AssertionError, FileExistsError, NotADirectoryError) as error:
+        raise BadInputError(f"the config cannot be built: {type(error).__name__}: {error}") from error
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
@@ -142,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     choose_device(args.device)
     cfg = build_config(args)
     prepare_launcher(cfg)
-    return Runner.from_cfg(cfg).test()
+    return build_runner(cfg).test()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,6 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; repeat the command with --resume to go on", file=sys.stderr)
+        return EXIT_FAILED
+    except (CalibrationError, CheckpointError) as error:
+        print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except Exception as error:
         traceback.print_exc()

@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast, is_main_process
+from mmengine.dist import broadcast, broadcast_object_list, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop
 
 import apq_mmdet
 from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate
-from apq_mmdet.datasets.calibration import CalibrationImages, calibration_from_config, calibration_from_folder
+from apq_mmdet.datasets.calibration import (
+    CalibrationImages,
+    calibration_from_config,
+    calibration_from_folder,
+    test_pipeline,
+)
 from apq_mmdet.engine.block_states import BlockStatesOnDisk
 from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
 from apq_mmdet.engine.quantized_config import standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic
 from apq_mmdet.layers import float_only, quantizers_of
-from apq_mmdet.models.distillation import detection_task
+from apq_mmdet.layers.convert import leave_float
+from apq_mmdet.models.distillation import NeckTask, detection_task
 from apq_mmdet.registry import LOOPS
 from apq_mmdet.report import render_table, write_report
 
@@ -62,15 +68,23 @@ class PTQLoop(TestLoop):
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
         self.images = self._calibration_images(runner, num_calib, calib_dir)
+        self.task = detection_task(self.model)
+        if isinstance(self.task, NeckTask) and self.model.recipe.policy.scope == "detector":
+            raise BadInputError(
+                f"scope 'detector' knows how to run the heads of two-stage and RetinaNet-like detectors, not of "
+                f"{type(self.model).__name__}; use scope 'backbone'"
+            )
         self.work_dir = Path(runner.work_dir)
+        self.run_description = self._describe_run()
         self.states = None
         if is_main_process():
-            self.states = BlockStatesOnDisk(self.work_dir / "calibration", self._run_description(), resume)
+            conditions = {**self.run_description, **self._describe_conditions()}
+            self.states = BlockStatesOnDisk(self.work_dir / "calibration", conditions, resume)
 
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
         try:
             super().__init__(runner, dataloader, evaluator, fp16)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
             raise BadInputError(
                 f"the evaluation data cannot be read: {error}; use --no-eval to quantize without measuring AP"
             ) from error
@@ -90,14 +104,28 @@ class PTQLoop(TestLoop):
             images.refuse_overlap(evaluated)
         return images
 
-    def _run_description(self) -> dict[str, Any]:
-        """All that the calibrated model depends on."""
+    def _describe_run(self) -> dict[str, Any]:
+        """What was asked for."""
         return {
             "quant": self.runner.cfg.model.quant.to_dict(),
             "checkpoint_sha256": hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest(),
             "calibration_images": self.images.ids,
             "seed": self.seed,
             "version": apq_mmdet.__version__,
+        }
+
+    def _describe_conditions(self) -> dict[str, Any]:
+        """What else the bits of the result depend on."""
+        images = hashlib.sha256()
+        for path in self.images.paths:
+            images.update(Path(path).read_bytes())
+        return {
+            "model": self.runner.cfg.model.to_dict(),
+            "pipeline": test_pipeline(self.runner.cfg),
+            "calibration_images_sha256": images.hexdigest(),
+            "device": str(next(self.model.parameters()).device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
         }
 
     def run(self) -> dict[str, float]:
@@ -113,8 +141,9 @@ class PTQLoop(TestLoop):
                 float_metrics = super().run()
         calibration_start = time.perf_counter()
         report = self._calibrate()
-        calibration_seconds = time.perf_counter() - calibration_start
         if is_main_process():
+            calibration_seconds = time.perf_counter() - calibration_start
+            calibration_seconds += sum(block.seconds for block in report.blocks if block.resumed)
             self._save(report)
         metrics = None
         if self.evaluate:
@@ -130,19 +159,31 @@ class PTQLoop(TestLoop):
             )
         return metrics or {}
 
-    def _calibrate(self) -> CalibrationReport:
+    def _calibrate(self) -> CalibrationReport | None:
+        """Calibrate in the first process and hand the result to the others, which return None."""
         report = None
         if is_main_process():
             report = calibrate(
-                self.model, self.images, self.model.recipe, detection_task(self.model), self.states, self.seed
+                self.model,
+                self.images,
+                self.model.recipe,
+                self.task,
+                self.states,
+                self.seed,
+                capture_dir=self.states.folder,
             )
+        left_float = [report.left_float if report else None]
+        broadcast_object_list(left_float)
+        if report is None:
+            leave_float(self.model, left_float[0])
         for quantizer in quantizers_of(self.model):
-            for buffer in (quantizer.scale, quantizer.zero_point, quantizer.calibrated):
-                broadcast(buffer)
+            broadcast(quantizer.scale)
+            broadcast(quantizer.zero_point)
+            quantizer.calibrated.fill_(True)
         return report
 
     def _save(self, report: CalibrationReport) -> None:
-        meta: dict[str, Any] = {"apq_mmdet": self._run_description()}
+        meta: dict[str, Any] = {"apq_mmdet": self.run_description}
         dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
         if dataset_meta:
             meta["dataset_meta"] = json.loads(json.dumps(dataset_meta, default=list))
@@ -166,7 +207,7 @@ class PTQLoop(TestLoop):
             "recipe": recipe.name,
             "bits": {"weight": recipe.policy.w_bits, "activation": recipe.policy.a_bits},
             "scope": recipe.policy.scope,
-            **self._run_description(),
+            **self.run_description,
             "versions": {"apq_mmdet": apq_mmdet.__version__, **apq_mmdet.versions.imported_versions()},
             "device": str(next(self.model.parameters()).device),
             "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.models.detectors import register_quantized_detectors
 from apq_mmdet.policy import refuse_unknown
 from apq_mmdet.registry import MODELS, SCOPE
 
@@ -21,15 +22,25 @@ COCO_ITEMS = [
 def load_recipe(name: str) -> dict[str, Any]:
     """The ``quant`` dict of a recipe, by its name or by the path of a config that defines ``quant``."""
     known = sorted(path.stem for path in RECIPES.glob("*.py"))
+    if not known and not name.endswith(".py"):
+        raise BadInputError(f"no recipes in {RECIPES}: this is no checkout of apq_mmdet; give a recipe by its path")
     path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
     if not path.is_file():
         if name.endswith(".py"):
             raise BadInputError(f"recipe file {name} does not exist")
         refuse_unknown([name], known, "--recipe")
-    recipe = Config.fromfile(path)
-    if "quant" not in recipe:
+    recipe = read_config(str(path))
+    if not isinstance(recipe.get("quant"), dict):
         raise BadInputError(f"recipe file {path} defines no 'quant' dict")
     return recipe.quant.to_dict()
+
+
+def read_config(path: str) -> Config:
+    """``Config.fromfile``; whatever is wrong with the file becomes a BadInputError that names it."""
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is code: it can fail in any way
+        raise BadInputError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) -> Config:
@@ -49,10 +60,13 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     own = _take_quant(cfg)
     quant = load_recipe(recipe or "apq") if recipe or own is None else own
     name = cfg.model.type.split(".")[-1]
+    register_quantized_detectors()  # those of the config's own custom_imports too
     if MODELS.get(f"{SCOPE}.{name}") is None:
         raise BadInputError(f"model type {cfg.model.type!r} is no detector of mmdet")
     cfg.model.type = f"{SCOPE}.{name}"
     cfg.model.quant = {**quant, **settings}
+    # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if "EMAHook" not in str(hook["type"])]
     for evaluator in _evaluators(cfg):
         if evaluator.get("type", "").split(".")[-1] == "CocoMetric" and not evaluator.get("metric_items"):
             evaluator["metric_items"] = list(COCO_ITEMS)
@@ -64,8 +78,21 @@ def _take_quant(cfg: Config) -> dict[str, Any] | None:
     backbone = cfg.model.get("backbone", {})
     if "quant" in backbone:
         backbone.type = backbone.type.split(".")[-1]
-        return dict(backbone.pop("quant"))
+        return _seen_from_detector(backbone.pop("quant"))
     return dict(cfg.model.pop("quant")) if "quant" in cfg.model else None
+
+
+def _seen_from_detector(quant: dict[str, Any]) -> dict[str, Any]:
+    """A backbone's ``quant`` as its detector's: the same scope and the same layers under their longer names."""
+    quant = {**quant, "scope": "backbone"}
+    for key in ("formats", "overrides"):
+        rules = {name: dict(rule) for name, rule in quant.get(key, {}).items()}
+        for rule in rules.values():
+            pattern = rule.get("pattern", "*")
+            regex = pattern.startswith("re:")
+            rule["pattern"] = f"re:backbone\\.(?:{pattern[3:]})" if regex else f"backbone.{pattern}"
+        quant[key] = rules
+    return quant
 
 
 def _evaluators(cfg: Config) -> list[ConfigDict]:
@@ -80,19 +107,20 @@ def with_ptq_loop(cfg: Config, **loop: Any) -> Config:
     return cfg
 
 
-def standalone_config(cfg: Config, left_float: list[tuple[str, str]]) -> Config:
+def standalone_config(cfg: Config, left_float: list[str]) -> Config:
     """The config to load the quantized checkpoint with, for mmdet's own tools.
 
     Args:
         cfg: the config of the quantization run.
-        left_float: (layer, role) pairs that saw no data and stay float; written down as overrides.
+        left_float: names of layers that saw no data and stay float; written down as overrides.
     """
     cfg = copy.deepcopy(cfg)
     cfg.test_cfg = dict(type="TestLoop")
     cfg.load_from, cfg.resume = None, False
-    cfg.pop("work_dir", None)
-    names = dict.fromkeys(name for name, _ in left_float)
-    if names:
-        unseen = {f"no_data_{i}": dict(pattern=name, float=True) for i, name in enumerate(names)}
+    cfg.launcher = "none"
+    for key in ("work_dir", "model_wrapper_cfg"):
+        cfg.pop(key, None)
+    if left_float:
+        unseen = {f"no_data_{i}": dict(pattern=name, float=True) for i, name in enumerate(left_float)}
         cfg.model.quant.overrides = {**cfg.model.quant.get("overrides", {}), **unseen}
     return cfg

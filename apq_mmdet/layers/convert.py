@@ -1,7 +1,7 @@
 """Swap a model's layers by policy, and say of every layer what it became and why."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
@@ -56,7 +56,8 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
     """
     allowed = {"weight": ("tensor", "channel"), "input": ("tensor",)}.get(role, ("tensor", "head"))
     axis, size = LAYERS[type(layer)].role_axis(layer, role)
-    if isinstance(spec.granularity, int) and role == "weight" and size % max(spec.granularity, 1) == 0:
+    whole = isinstance(spec.granularity, int) and not isinstance(spec.granularity, bool) and spec.granularity >= 1
+    if whole and role == "weight" and size % spec.granularity == 0:
         groups = spec.granularity
     elif spec.granularity in allowed:
         groups = 1 if spec.granularity == "tensor" else size
@@ -92,7 +93,8 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
     inside = set(part.modules())
     modules = dict(model.named_modules())
     targets = [name for name, module in modules.items() if module in inside and type(module) in LAYERS]
-    policy.check_overrides([(name, LAYERS[type(modules[name])].kind) for name in targets])
+    classes = {name: LAYERS[type(modules[name])] for name in targets}
+    policy.check_overrides([(name, cls.kind, cls.roles) for name, cls in classes.items()])
     table: list[LayerRow] = []
     for name, module in modules.items():
         if name in targets:
@@ -123,6 +125,19 @@ def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerR
     if quantizers:
         to_quantized(module, quantizers)
     return rows
+
+
+def leave_float(model: nn.Module, names: list[str]) -> None:
+    """Take the quantizers of these layers away again, and say so in the layer table."""
+    for name in names:
+        model.get_submodule(name).quantizers.clear()
+    table = getattr(model, "quantization_table", [])
+    table[:] = [
+        replace(row, bits=None, format="float32", granularity="-", groups=0, reason="no calibration data reached it")
+        if row.layer in names
+        else row
+        for row in table
+    ]
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -57,6 +57,12 @@ def _before_load(
     """Runs once on the state of the whole model, before torch's or mmengine's loader walks the modules."""
     own = {prefix + key: value for key, value in model.state_dict().items()}
     if prefix + VERSION_KEY not in state:  # a float checkpoint: the quantizers keep what they have
+        stray = [key for key in state if key.startswith(prefix) and _is_quantized(key)]
+        if stray:
+            raise CheckpointError(
+                f"the checkpoint holds quantized state ({stray[0]} and so on) but no {prefix + VERSION_KEY}: it is "
+                f"incomplete, or of a model that was quantized as a whole where this one is in part"
+            )
         for key, value in own.items():
             if ".quantizers." in key or key == prefix + VERSION_KEY:
                 state.setdefault(key, value)
@@ -69,6 +75,10 @@ def _before_load(
         )
     _unpack_weights(model, state, prefix)
     _refuse_incomplete(own, state, prefix)
+
+
+def _is_quantized(key: str) -> bool:
+    return ".quantizers." in key or key.endswith(f".{PACKED_SUFFIX}")
 
 
 def _unpack_weights(model: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
@@ -108,7 +118,7 @@ def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix:
     problems += [
         f"{key} is {int(given[key])} in the checkpoint, {int(value)} in the config"
         for key, value in own.items()
-        if key.endswith(".bits") and key in given and int(given[key]) != int(value)
+        if key.endswith((".bits", ".signed")) and key in given and int(given[key]) != int(value)
     ]
     problems += [f"not calibrated: {key}" for key in _uncalibrated(given)]
     if problems:

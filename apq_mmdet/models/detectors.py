@@ -8,6 +8,7 @@ from mmdet.registry import MODELS as MMDET_MODELS
 
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.layers import LayerRow, quantize_model
+from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
 from apq_mmdet.registry import MODELS
 
 
@@ -28,14 +29,16 @@ class QuantizedDetector:
 
     def __init__(self, *args: Any, quant: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        disable_activation_checkpointing(self)
         self.recipe = Recipe.from_dict(quant)
         quantize_model(self, self.recipe.policy)
 
 
 def register_quantized_detectors() -> None:
-    """Register a quantized variant of each of mmdet's detectors under the detector's own name."""
+    """Register a quantized variant of each detector that mmdet's registry holds by now, under the detector's name."""
     for name, cls in MMDET_MODELS.module_dict.items():
-        if isinstance(cls, type) and issubclass(cls, BaseDetector) and cls is not BaseDetector:
+        known = name in MODELS.module_dict or cls is BaseDetector
+        if not known and isinstance(cls, type) and issubclass(cls, BaseDetector):
             doc = f"mmdet's {name} with quantized layers; see QuantizedDetector."
             quantized = type(name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
             MODELS.register_module(name=name, module=quantized)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.dense_heads.anchor_head import AnchorHead
+from mmdet.models.dense_heads import AnchorHead, RetinaHead, RPNHead
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.models.detectors.single_stage import SingleStageDetector
 from mmdet.models.detectors.two_stage import TwoStageDetector
@@ -37,9 +37,14 @@ class FixedRois:
 
 def detection_task(model: nn.Module) -> CalibrationTask:
     """The task that fits a detector; samples are outputs of a test pipeline (dicts of inputs and data_samples)."""
-    if isinstance(model, TwoStageDetector) and isinstance(model.roi_head, StandardRoIHead | CascadeRoIHead):
+    if (
+        isinstance(model, TwoStageDetector)
+        and isinstance(model.rpn_head, RPNHead)
+        and isinstance(model.roi_head, StandardRoIHead | CascadeRoIHead)
+    ):
         return TwoStageTask()
-    if isinstance(model, SingleStageDetector) and isinstance(model.bbox_head, AnchorHead):
+    # exact: subclasses may predict other things than one score per class and four deltas
+    if isinstance(model, SingleStageDetector) and type(model.bbox_head) in (AnchorHead, RetinaHead):
         return DenseTask()
     return NeckTask()
 
@@ -91,7 +96,7 @@ class DenseTask(CalibrationTask):
 
 
 class NeckTask(CalibrationTask):
-    """Any other detector, by the features that its heads receive."""
+    """Any other detector, by the features that its heads receive; the heads themselves are not run."""
 
     def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
         """The neck's feature maps."""

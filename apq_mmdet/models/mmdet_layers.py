@@ -11,7 +11,7 @@ from mmdet.models.layers import PatchEmbed, PatchMerging
 from mmdet.models.necks import FPN
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from torch import Tensor
+from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, register_block
 from apq_mmdet.calibration.recipe import SearchConfig
@@ -99,3 +99,10 @@ def use_product_modules(attention: WindowMSA) -> None:
 
 
 ATTENTION[WindowMSA] = use_product_modules
+
+
+def disable_activation_checkpointing(model: nn.Module) -> None:
+    """Switch off ``with_cp``: it saves memory in training only, and autograd cannot look inside for gradients."""
+    for module in model.modules():
+        if getattr(module, "with_cp", False):
+            module.with_cp = False

@@ -31,7 +31,7 @@ class Quantizer(nn.Module):
         symmetric: signed codes around zero with ``zero_point`` 0.
 
     Attributes:
-        scale: float32 [G]; zero_point: int32 [G]; calibrated: bool []; both in the state_dict.
+        scale: float32 [G]; zero_point: int32 [G]; bits: uint8 []; signed, calibrated: bool []; all in the state_dict.
         observed: the (lowest, highest) values seen, each [G], or None.
         min_factor: smallest range factor that a search may choose.
     """
@@ -51,6 +51,7 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("zero_point", torch.zeros(groups, dtype=torch.int32))
         self.register_buffer("bits", torch.tensor(bits, dtype=torch.uint8))
+        self.register_buffer("signed", torch.tensor(symmetric))
         self.register_buffer("calibrated", torch.tensor(False))
 
     # -- parameters -------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 from helpers import build_swin, recipe, short_grids
+from mmdet.registry import MODELS
 from torch import nn
 
 from apq_mmdet.calibration import FeatureTask, calibrate
-from apq_mmdet.errors import CalibrationError
+from apq_mmdet.calibration.blocks import CaptureStore
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model, quantizers_of
 
 IMAGES = [torch.randn(1, 3, 57, 41), torch.randn(1, 3, 33, 64), torch.randn(1, 3, 57, 41)]
@@ -143,10 +145,62 @@ def test_or_is_left_float_if_asked(name):
     model = Branching()
     quantize_model(model, settings.policy)
     report = calibrate(model, [torch.randn(2, 4)], settings)
-    assert report.left_float == [("second", "weight"), ("second", "input")]
+    assert report.left_float == ["second"]
+    assert {row.reason for row in model.quantization_table if row.layer == "second"} == {
+        "no calibration data reached it"
+    }
     x = torch.randn(5, 4)
     with torch.no_grad():
         assert torch.equal(model(x), nn.functional.linear(model.first(x), model.second.weight, model.second.bias))
+
+
+def test_a_grid_below_what_a_format_allows_is_refused():
+    settings = recipe("apq", search=dict(grids=dict(MatMul=(0.5, 0.8, 4))))
+    with pytest.raises(BadInputError, match=r"grids\.MatMul .* at least 0\.9.*attention"):
+        calibrate(quantized_swin(settings), IMAGES, settings)
+
+
+def test_checkpointed_blocks_can_be_searched():
+    """Activation checkpointing (with_cp) is for training; autograd cannot take gradients inside it."""
+    settings = fast()
+    swin = MODELS.build(
+        dict(
+            type="apq_mmdet.SwinTransformer",
+            quant=dict(w_bits=4, a_bits=4),
+            embed_dims=8,
+            depths=(2,),
+            num_heads=(2,),
+            strides=(4,),
+            out_indices=(0,),
+            with_cp=True,
+        )
+    )
+    calibrate(swin, IMAGES, settings)
+    assert not any(getattr(module, "with_cp", False) for module in swin.modules())
+
+
+def test_minmax_captures_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("captured")
+
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.CaptureStore.add_call", refuse)
+    calibrate(quantized_swin(recipe("minmax")), IMAGES, recipe("minmax"))
+    with pytest.raises(AssertionError, match="captured"):
+        calibrate(quantized_swin(fast()), IMAGES, fast())
+
+
+def test_captures_go_where_the_caller_says_and_go_away(tmp_path, monkeypatch):
+    seen = []
+    original = CaptureStore.add_call
+
+    def note(self, *args):
+        original(self, *args)
+        seen.extend(tmp_path.glob("apq_capture_*/*"))
+
+    monkeypatch.setattr(CaptureStore, "add_call", note)
+    calibrate(quantized_swin(fast()), IMAGES, fast(), capture_dir=tmp_path)
+    assert seen
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_samples():

@@ -43,8 +43,11 @@ def test_what_a_run_leaves(result):
     assert report["peak_memory"]["host_bytes"] > 1e8
     assert report["versions"]["mmdet"] == mmdet.__version__
     assert {"layer", "role", "bits", "reason"} <= set(report["layers"][0])
-    sizes = report["sizes"]
-    assert sizes["quantized_checkpoint_bytes"] < 0.5 * sizes["float_checkpoint_bytes"]
+    # of each 4-bit weight 3.5 bytes of float32 are saved; scales and bookkeeping take less than a tenth of that
+    weights = sum(r["elements"] for r in report["layers"] if r["bits"] and r["role"] == "weight")
+    state = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    float_bytes = sum(4 * v.numel() for v in state.values())
+    assert report["sizes"]["quantized_checkpoint_bytes"] < float_bytes - 0.9 * 3.5 * weights
 
 
 def test_weights_take_half_a_byte(result):
@@ -190,6 +193,9 @@ def test_quantizing_twice_is_refused(result, config, tmp_path, capsys):
         (["--calib-dir", "nowhere"], "calibration folder nowhere does not exist"),
         (["--device", "tpu"], "--device must be"),
         (["--cfg-options", "model.quant.overrides.mine.pattern=*.qvk"], "'\\*.qvk'.*matches no layer"),
+        (["--cfg-options", "model.quant.overrides.mine=1"], "overrides.mine: expected dict"),
+        (["--cfg-options", "test_pipeline.99.type=Resize"], "--cfg-options: .*99"),
+        (["--cfg-options", "model.backbone.embed_dim=32"], "cannot be built.*embed_dim"),
         (["--cfg-options", "model.quant.serach=1"], "did you mean 'search'"),
         (["--cfg-options", "train_dataloader.dataset.ann_file=no.json"], "training set cannot be read.*--calib-dir"),
         (["--cfg-options", "test_dataloader.dataset.ann_file=no.json"], "evaluation data cannot be read.*--no-eval"),
@@ -205,6 +211,76 @@ def test_missing_files(config, tmp_path, capsys, which):
     args = {"config": str(config), "checkpoint": str(CHECKPOINT)} | {which: str(tmp_path / "absent.py")}
     assert command.main([args["config"], args["checkpoint"], "--work-dir", str(tmp_path)]) == 2
     assert "absent.py does not exist" in capsys.readouterr().err
+
+
+def test_work_dir_that_is_a_file(config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert quantize(config, tmp_path / "file") == 2
+    assert "cannot be built" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["quant = dict(", "quant = 3"])
+def test_broken_recipe(config, tmp_path, capsys, text):
+    (tmp_path / "broken.py").write_text(text)
+    assert quantize(config, tmp_path / "w", "--recipe", tmp_path / "broken.py") == 2
+    assert "broken.py" in capsys.readouterr().err
+
+
+def test_broken_annotations(config, copied_data, tmp_path, capsys):
+    (copied_data / "annotations" / "instances_train.json").write_text("{")
+    options = ["--cfg-options", f"train_dataloader.dataset.data_root={copied_data}/"]
+    assert quantize(config, tmp_path / "w", *options) == 2
+    assert "training set cannot be read" in capsys.readouterr().err
+
+
+def test_averaged_weights_of_training_do_not_meet_the_evaluation(result, config, tmp_path):
+    hook = "custom_hooks=[dict(type='EMAHook', update_buffers=True)]"
+    (tmp_path / "ema.py").write_text(f"_base_ = '{config}'\n{hook}\n")
+    assert quantize(tmp_path / "ema.py", tmp_path / "w") == 0
+    plain, ema = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path / "w"))
+    assert ema["quantized"] == plain["quantized"]
+
+
+def test_a_backbones_own_quant_is_the_recipe(config, tmp_path):
+    (tmp_path / "backbone.py").write_text(
+        f"_base_ = ['{config}', '{ROOT}/configs/_base_/recipes/minmax.py']\n"
+        "quant = dict(scope='detector', overrides=dict(mine=dict(pattern='stages.0.*', float=True)))\n"
+        "model = dict(backbone=dict(type='apq_mmdet.SwinTransformer', quant={{_base_.quant}}))\n"
+    )
+    code = command.main(
+        [
+            str(tmp_path / "backbone.py"),
+            str(CHECKPOINT),
+            "--work-dir",
+            str(tmp_path / "w"),
+            "--no-eval",
+            "--num-calib",
+            "1",
+            "--cfg-options",
+            "model.quant.overrides.mine.pattern=backbone.stages.0.*",
+            "model.quant.overrides.mine.float=True",
+        ]
+    )
+    assert code == 0
+    rows = json.loads((tmp_path / "w" / "report.json").read_text())["layers"]
+    assert {r["bits"] for r in rows if r["layer"].startswith("backbone.stages.0.blocks")} == {None}
+    assert {r["layer"].split(".")[0] for r in rows if r["bits"]} == {"backbone"}
+
+
+def test_detectors_whose_heads_cannot_be_run_refuse_scope_detector(config, tmp_path, capsys):
+    (tmp_path / "fcos.py").write_text(
+        "_base_ = ['mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py']\nmodel = dict(backbone=dict(init_cfg=None))\n"
+    )
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+
+    model = MODELS.build(Config.fromfile(tmp_path / "fcos.py").model)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "fcos.pth")
+    args = [str(tmp_path / "fcos.py"), str(tmp_path / "fcos.pth"), "--work-dir", str(tmp_path / "w"), "--no-eval"]
+    images = next(line for line in Path(config).read_text().split("'") if line.endswith("/data/"))
+    args += ["--calib-dir", f"{images}train", "--num-calib", "1", "--scope", "detector"]
+    assert command.main(args) == 2
+    assert "not of FCOS; use scope 'backbone'" in capsys.readouterr().err
 
 
 def test_broken_config(tmp_path, capsys):

@@ -101,7 +101,13 @@ def test_a_subclass_with_its_own_forward_stays_float():
 
 @pytest.mark.parametrize(
     "rule",
-    [dict(weight=dict(granularity="head")), dict(input=dict(granularity="channel")), dict(weight=dict(granularity=7))],
+    [
+        dict(weight=dict(granularity="head")),
+        dict(input=dict(granularity="channel")),
+        dict(weight=dict(granularity=7)),
+        dict(weight=dict(granularity=0)),
+        dict(weight=dict(granularity=True)),
+    ],
 )
 def test_impossible_granularity_is_refused(rule):
     with pytest.raises(BadInputError, match=r"layer 'fc'.*granularity"):

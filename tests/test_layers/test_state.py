@@ -71,7 +71,13 @@ def test_a_live_state_dict_with_float_weights_loads_too(calibrated):
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize(
     "missing",
-    [f"{LAYER}.quantizers.input.scale", f"{LAYER}.weight_codes", f"{LAYER}.quantizers.weight.calibrated", "norm0.bias"],
+    [
+        f"{LAYER}.quantizers.input.scale",
+        f"{LAYER}.weight_codes",
+        f"{LAYER}.quantizers.weight.calibrated",
+        "norm0.bias",
+        VERSION_KEY,
+    ],
 )
 def test_half_a_checkpoint_is_refused(calibrated, load, missing):
     state = packed_state_dict(calibrated)
@@ -100,6 +106,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused(calibrated, edit, message):
     edit(state)
     with pytest.raises(CheckpointError, match=message):
         fresh().load_state_dict(state)
+
+
+def test_a_symmetric_config_refuses_an_asymmetric_checkpoint(calibrated):
+    rule = dict(kind="Linear", weight=dict(symmetric=True))
+    with pytest.raises(CheckpointError, match=r"weight\.signed is 0 in the checkpoint, 1 in the config"):
+        fresh(overrides=dict(mine=rule)).load_state_dict(packed_state_dict(calibrated))
+
+
+def test_symmetric_weights_round_trip():
+    settings = dict(overrides=dict(mine=dict(kind="Linear", weight=dict(symmetric=True))))
+    model = fresh(**settings)
+    calibrate(model, [torch.randn(1, 3, 37, 50)], recipe("minmax", **settings))
+    other = fresh(**settings)
+    other.load_state_dict(packed_state_dict(model))
+    x = torch.randn(1, 3, 41, 30)
+    with torch.no_grad():
+        assert torch.equal(model(x)[0], other(x)[0])
 
 
 def test_other_bits_are_refused(calibrated):
