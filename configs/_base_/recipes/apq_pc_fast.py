@@ -6,5 +6,7 @@ quant = dict(
     formats=dict(
         linear=dict(weight=dict(granularity="channel")),
         qkv=dict(weight=dict(granularity="channel")),
+        products=dict(attention=dict(format="affine")),
     ),
+    search=dict(grids=dict(MatMul=(0.1, 1.2, 23))),
 )
