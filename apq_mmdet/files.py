@@ -53,7 +53,7 @@ def safe_load(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise BadInputError(f"checkpoint {path} does not exist")
     try:
-        with _known_globals():
+        with known_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
@@ -68,7 +68,8 @@ def _history_attribute(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def _known_globals() -> contextlib.AbstractContextManager[Any]:
+def known_globals() -> contextlib.AbstractContextManager[Any]:
+    """Context in which ``weights_only`` loading accepts what mmengine's training checkpoints hold beside tensors."""
     core = getattr(np, "_core", None) or np.core
     allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     allowed += [type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.bool_)]

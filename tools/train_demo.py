@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from apq_mmdet.files import _known_globals, safe_load, tensor_bytes, write_atomic
+from apq_mmdet.files import known_globals, safe_load, tensor_bytes, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
@@ -68,7 +68,7 @@ def train(name: str, folder: Path, init: Path | None, resume: bool, options: dic
     cfg.resume = resume and (folder / "last_checkpoint").exists()
     cfg.load_from = str(init) if init and not cfg.resume else None
     cfg.merge_from_dict(options)
-    with _known_globals():  # the runner's own checkpoints keep the log's history
+    with known_globals():  # the runner's own checkpoints keep the log's history
         runner = Runner.from_cfg(cfg)
         runner.train()
     write_atomic(final, tensor_bytes(publishable(folder / f"epoch_{runner.max_epochs}.pth")))

@@ -43,9 +43,6 @@ def test_every_weight_of_the_cascade_is_initialised(tool: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", ["mask-rcnn_swin-demo", "cascade-mask-rcnn_swin-demo"])
 def test_committed_checkpoint_loads_strictly_and_safely(name: str) -> None:
-    path = ROOT / f"demo/{name}.pth"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not there")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(ROOT / f"demo/{name}.pth", map_location="cpu", weights_only=True)
     build(name).load_state_dict(checkpoint["state_dict"], strict=True)
     assert len(checkpoint["meta"]["dataset_meta"]["classes"]) == 8
