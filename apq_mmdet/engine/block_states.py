@@ -25,7 +25,7 @@ class BlockStatesOnDisk:
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
         self.folder = folder
-        run = json.loads(json.dumps(run))
+        run = json.loads(json.dumps(run, default=str))
         description = folder / "run.json"
         for leftover in folder.glob("apq_capture_*"):  # of a killed run
             shutil.rmtree(leftover, ignore_errors=True)

@@ -124,9 +124,11 @@ def prepare_launcher(cfg: Config) -> None:
     Raises:
         BadInputError: slurm or mpi without CUDA.
     """
-    cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", dict(backend="nccl"))
-    cfg.env_cfg.dist_cfg.timeout = LONGEST_CALIBRATION
-    if cfg.launcher == "none" or get_device() != "cpu":
+    if cfg.launcher == "none":
+        return
+    if get_device() != "cpu":
+        dist_cfg = {**cfg.get("env_cfg", {}).get("dist_cfg", dict(backend="nccl")), "timeout": LONGEST_CALIBRATION}
+        cfg.env_cfg = {**cfg.get("env_cfg", {}), "dist_cfg": dist_cfg}
         return
     if cfg.launcher != "pytorch":
         raise BadInputError(f"--launcher {cfg.launcher} needs CUDA; on CPUs use torchrun and --launcher pytorch")

@@ -59,25 +59,30 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
         raise BadInputError("the config defines no model")
     own = _take_quant(cfg)
     quant = load_recipe(recipe or "apq") if recipe or own is None else own
-    name = cfg.model.type.split(".")[-1]
+    name = _class_name(cfg.model.type)
     register_quantized_detectors()  # those of the config's own custom_imports too
     if MODELS.get(f"{SCOPE}.{name}") is None:
         raise BadInputError(f"model type {cfg.model.type!r} is no detector of mmdet")
     cfg.model.type = f"{SCOPE}.{name}"
     cfg.model.quant = {**quant, **settings}
     # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
-    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if "EMAHook" not in str(hook["type"])]
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if _class_name(hook["type"]) != "EMAHook"]
     for evaluator in _evaluators(cfg):
-        if evaluator.get("type", "").split(".")[-1] == "CocoMetric" and not evaluator.get("metric_items"):
+        if _class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items"):
             evaluator["metric_items"] = list(COCO_ITEMS)
     return cfg
+
+
+def _class_name(kind: str | type) -> str:
+    """Name of a class given by its registry name, with or without a scope, or, in lazy configs, by itself."""
+    return kind.split(".")[-1] if isinstance(kind, str) else kind.__name__
 
 
 def _take_quant(cfg: Config) -> dict[str, Any] | None:
     """Remove and return the ``quant`` of the model or of its backbone, whose type becomes the float one again."""
     backbone = cfg.model.get("backbone", {})
     if "quant" in backbone:
-        backbone.type = backbone.type.split(".")[-1]
+        backbone.type = _class_name(backbone.type)
         return _seen_from_detector(backbone.pop("quant"))
     return dict(cfg.model.pop("quant")) if "quant" in cfg.model else None
 
