@@ -12,10 +12,10 @@ has() { "$PY" -c "$1" >/dev/null 2>&1; }
 [ -x "$PY" ] || { say "virtual environment $VENV"; "$PYTHON" -m venv "$VENV"; }
 PIP="$PY -m pip install --quiet --disable-pip-version-check"
 
-# mmcv's setup imports pkg_resources, which newer setuptools no longer has
-has 'import pkg_resources, wheel, ninja' || { say "build tools"; $PIP 'setuptools<81' wheel ninja; }
 has 'import torch; assert torch.__version__.startswith("2.13.0")' || { say "torch"; $PIP torch==2.13.0; }
 has 'import numpy' || $PIP "$(grep '^numpy==' requirements.txt)"
+# after torch, which takes the newest setuptools; mmcv's setup imports pkg_resources, which that no longer has
+has 'import pkg_resources, wheel, ninja' || { say "build tools"; $PIP 'setuptools<81' wheel ninja; }
 if ! has 'import mmcv.ops; assert mmcv.__version__ == "2.1.0"'; then
     say "mmcv 2.1.0 with compiled ops (about 10 minutes on 2 cores the first time)"
     MMCV_WITH_OPS=1 $PIP --no-build-isolation mmcv==2.1.0
@@ -25,4 +25,4 @@ fi
 say "mmdet and the rest"
 $PIP -r requirements.txt
 $PIP --no-build-isolation --no-deps -e .
-"$PY" -c 'import apq_mmdet, mmcv.ops; print("== apq_mmdet", apq_mmdet.__version__, "is ready")'
+"$PY" -W ignore -c 'import apq_mmdet, mmcv.ops, pkg_resources; print("== apq_mmdet", apq_mmdet.__version__, "is ready")'
