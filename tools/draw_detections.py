@@ -27,7 +27,7 @@ def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) ->
     """The image with one model's detections and a title above, BGR uint8 [H, W, 3]."""
     model = init_detector(config, checkpoint, device=args.device)
     result = inference_detector(model, args.image)
-    visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", alpha=0.5, line_width=1))
+    visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name=title, alpha=0.5, line_width=1))
     visualizer.dataset_meta = model.dataset_meta
     image = cv2.cvtColor(cv2.imread(args.image), cv2.COLOR_BGR2RGB)
     size = (image.shape[1] * args.scale, image.shape[0] * args.scale)
