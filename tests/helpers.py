@@ -10,6 +10,7 @@ from apq_mmdet.calibration import Recipe
 from apq_mmdet.engine.quantized_config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "demo" / "mask-rcnn_swin-demo.pth"
 
 
 def build_swin(depth: int = 2, stages: int = 1) -> SwinTransformer:

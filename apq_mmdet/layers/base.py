@@ -1,5 +1,6 @@
 """What every quantized layer shares: roles, quantizers by role, and the swap from float."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
@@ -23,7 +24,7 @@ class RoleQuantizers(nn.ModuleDict):
         return super().__getattr__(name)
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(nn.Module, ABC):
     """Mixin of quantized layers; ``quantizers`` maps tensor roles to quantizers, a missing role stays float.
 
     A float layer becomes a quantized one by changing its class in place: parameters, their names, hooks and every
@@ -34,9 +35,9 @@ class QuantizedLayer(nn.Module):
     roles: ClassVar[tuple[str, ...]]
     quantizers: RoleQuantizers
 
+    @abstractmethod
     def role_axis(self, role: str) -> tuple[int, int]:
         """Axis that finer granularities of this role cut, and its size."""
-        raise NotImplementedError
 
     def quantize(self, role: str, x: Tensor) -> Tensor:
         """Pass ``x`` through the quantizer of ``role``, if that role is quantized."""

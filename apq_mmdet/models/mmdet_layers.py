@@ -5,7 +5,6 @@ from dataclasses import replace
 import mmcv.cnn
 import torch
 from mmdet.models.backbones.swin import SwinBlock, WindowMSA
-from mmdet.models.dense_heads.anchor_free_head import AnchorFreeHead
 from mmdet.models.dense_heads.anchor_head import AnchorHead
 from mmdet.models.layers import PatchEmbed, PatchMerging
 from mmdet.models.necks import FPN
@@ -26,7 +25,7 @@ register_layer(mmcv.cnn.Linear)(QuantizedLinear)
 register_layer(mmcv.cnn.Conv2d)(QuantizedConv2d)
 register_layer(mmcv.cnn.ConvTranspose2d)(QuantizedConvTranspose2d)
 
-register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, AnchorFreeHead, BBoxHead, FCNMaskHead)
+register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, BBoxHead, FCNMaskHead)
 register_sampler(BBoxHead, FCNMaskHead)(sample_rows)
 
 

@@ -1,5 +1,6 @@
 """The quantizer interface: scale and zero point per group of an axis, three modes, observed ranges."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -18,7 +19,7 @@ class QuantizerMode(Enum):
     OBSERVE = "observe"  # pass through and widen the observed range
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Maps float values to integer codes of ``bits`` bits and back.
 
     The axis ``axis`` of the tensor, of size D, is cut into ``groups`` equal groups that each have a scale and a
@@ -56,9 +57,9 @@ class Quantizer(nn.Module):
 
     # -- parameters -------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def parameters_for(self, low: Tensor, high: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """Scale and zero point, each [G], for the range ``factor * [low, high]``."""
-        raise NotImplementedError
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take these parameters, each [G], and count as calibrated."""
@@ -90,17 +91,17 @@ class Quantizer(nn.Module):
 
     # -- values -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, int32, in ``code_min..code_max``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Values of integer codes, in the dtype of ``scale``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``decode(encode(x))``, equal to the last bit; straight-through gradient inside the range."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the current mode to ``x``."""

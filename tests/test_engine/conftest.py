@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CHECKPOINT, ROOT
 
 from apq_mmdet.datasets import write_demo_set
 
-CHECKPOINT = ROOT / "demo" / "mask-rcnn_swin-demo.pth"
 TRAIN, VAL = 8, 4
 
 

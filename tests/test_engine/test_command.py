@@ -10,12 +10,11 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CHECKPOINT, ROOT
 
 from apq_mmdet.engine import command
 from apq_mmdet.engine.quantized_config import COCO_ITEMS
 
-CHECKPOINT = ROOT / "demo" / "mask-rcnn_swin-demo.pth"
 TEST_TOOL = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
 QUICK = ["--recipe", "apq_fast", "--w-bits", "4", "--a-bits", "4", "--num-calib", "2", "--device", "cpu"]
 
