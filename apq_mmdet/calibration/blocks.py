@@ -1,15 +1,12 @@
-"""Blocks of calibration: the partition of a model, and the capture of what each block sees and gives."""
+"""Blocks of calibration: the partition of a model, and a look at what each block sees and gives."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from apq_mmdet.layers.base import QuantizedLayer, quantizers_of
 
@@ -45,82 +42,20 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of a block, or several images' calls stacked along the first axis.
+    """One call of a block.
 
     Attributes:
         args, kwargs: what the block was called with.
         outputs: the tensors of its float output.
         grads: gradient of the calibration loss at each output, at the disturbed point; same shapes.
-        images: index of each image in this call; the first axis of every output splits evenly among them.
+        image: index of the image.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Tensor]
     grads: list[Tensor]
-    images: tuple[int, ...]
-
-    def to(self, device: torch.device) -> "BlockCall":
-        """Move all tensors."""
-        moved = tree_map_only(Tensor, lambda t: t.to(device), [self.args, self.kwargs, self.outputs, self.grads])
-        return replace(self, args=tuple(moved[0]), kwargs=moved[1], outputs=moved[2], grads=moved[3])
-
-
-class CaptureStore:
-    """Captured block calls on disk, read back through memory maps: memory stays that of one block.
-
-    Files live in a temporary folder that goes with the context.
-
-    Args:
-        parent: existing folder to make it in; None for the system's.
-    """
-
-    def __init__(self, parent: str | Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_", dir=parent)
-        self._calls: dict[str, list[tuple[int, int]]] = {}
-
-    def __enter__(self) -> "CaptureStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
-
-    @property
-    def blocks(self) -> list[str]:
-        """Names of the captured blocks in the order of their first call."""
-        return list(self._calls)
-
-    def _path(self, block: str, image: int, index: int, part: str) -> Path:
-        return Path(self._folder.name) / f"{list(self._calls).index(block)}_{image}_{index}_{part}.pt"
-
-    def add_call(self, block: str, image: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Keep one float call of a block."""
-        calls = self._calls.setdefault(block, [])
-        index = sum(1 for i, _ in calls if i == image)
-        calls.append((image, index))
-        content = tree_map_only(
-            Tensor, lambda t: t.detach().cpu().contiguous(), [list(args), kwargs, tensors_of(output)]
-        )
-        torch.save(content, self._path(block, image, index, "call"))
-
-    def replace_input(self, block: str, image: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Exchange the recorded input of a call, keeping its float output."""
-        path = self._path(block, image, index, "call")
-        outputs = torch.load(path, weights_only=True)[2]
-        content = tree_map_only(Tensor, lambda t: t.detach().cpu().contiguous(), [list(args), kwargs, outputs])
-        torch.save(content, path)
-
-    def add_grads(self, block: str, image: int, index: int, grads: list[Tensor]) -> None:
-        """Keep the gradients at the outputs of one call."""
-        torch.save([g.detach().cpu().contiguous() for g in grads], self._path(block, image, index, "grad"))
-
-    def calls(self, block: str) -> Iterator[BlockCall]:
-        """The captured calls of a block, image by image."""
-        for image, index in self._calls[block]:
-            path = self._path(block, image, index, "call")
-            args, kwargs, outputs = torch.load(path, mmap=True, weights_only=True)
-            grads = torch.load(self._path(block, image, index, "grad"), mmap=True, weights_only=True)
-            yield BlockCall(tuple(args), kwargs, outputs, grads, (image,))
+    image: int
 
 
 @contextlib.contextmanager

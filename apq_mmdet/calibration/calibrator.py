@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from apq_mmdet.calibration.blocks import BlockCall, CaptureStore, partition, watch_blocks
+from apq_mmdet.calibration.blocks import partition, watch_blocks
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
-from apq_mmdet.calibration.sampling import sample_call, stack_calls
+from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.search import search_block
+from apq_mmdet.calibration.store import CaptureStore
+from apq_mmdet.calibration.units import UnitCalls, to_units
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+MEMORY_BUDGET = 4 * 2**30  # bytes
 
 
 class BlockStates(Protocol):
@@ -63,6 +67,7 @@ def calibrate(
     states: BlockStates | None = None,
     seed: int = 0,
     capture_dir: str | Path | None = None,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> CalibrationReport:
     """Find the parameters of all quantizers of a model that ``quantize_model`` converted.
 
@@ -74,7 +79,9 @@ def calibrate(
         states: keeps finished blocks; those already kept are not searched again.
         seed: of the random samplers of the fast recipes.
         capture_dir: existing folder for captured activations, which are deleted in the end; None takes the system's
-            temporary folder. A search needs about the size of all blocks' inputs, outputs and gradients, per image.
+            temporary folder.
+        memory_budget: bytes of memory that calibration may take above the model's own; what does not fit goes to
+            ``capture_dir``.
 
     Raises:
         BadInputError: a grid holds no factor that a format allows.
@@ -88,16 +95,16 @@ def calibrate(
     was_training = model.training
     model.eval()
     try:
-        with CaptureStore(capture_dir) as store, torch.no_grad():
-            teachers = _float_pass(model, blocks if recipe.search else {}, samples, task, store)
+        with CaptureStore(capture_dir, memory_budget // 2) as store, torch.no_grad():
+            _float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
             for quantizer in quantizers_of(model):
                 quantizer.set_range_factor(1.0)
             reports: list[BlockReport] = []
             if recipe.search is not None:
                 with tqdm(total=len(samples), desc="gradients", unit="image") as bar:
-                    capture_gradients(model, blocks, list(samples), task, teachers, store, bar.update)
-                reports = _search_blocks(model, blocks, samples, teachers, recipe.search, task, store, states, seed)
+                    capture_gradients(model, blocks, samples, task, store, bar.update)
+                reports = _search_blocks(model, blocks, samples, recipe.search, task, store, states, seed)
     finally:
         model.train(was_training)
     return CalibrationReport(reports, left_float)
@@ -109,22 +116,22 @@ def _float_pass(
     samples: Sequence[Any],
     task: CalibrationTask,
     store: CaptureStore,
-) -> list[tuple[Any, Any]]:
-    """Observe every activation range, record every block call; returns the teacher's outputs of each sample."""
-    teachers = []
+) -> None:
+    """Observe every activation range; record every block call and the teacher's outputs of each sample."""
     for image, sample in enumerate(tqdm(samples, desc="float pass", unit="image")):
 
         def see(name: str, args: tuple, kwargs: dict, output: Any, image: int = image) -> None:
             store.add_call(name, image, args, kwargs, output)
 
         with quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE), watch_blocks(blocks, see):
-            teachers.append(task.teacher(model, sample))
+            teacher = task.teacher(model, sample)
+        if blocks:
+            store.put(("teacher", image), teacher)
     for _, layer in quantized_layers(model):
         if "weight" in layer.quantizers:
             quantizer = layer.quantizers["weight"]
             quantizer.observed = None
             quantizer.observe(layer.weight)
-    return teachers
 
 
 def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:
@@ -162,7 +169,6 @@ def _search_blocks(
     model: nn.Module,
     blocks: dict[str, nn.Module],
     samples: Sequence[Any],
-    teachers: list[tuple[Any, Any]],
     search: SearchConfig,
     task: CalibrationTask,
     store: CaptureStore,
@@ -181,7 +187,7 @@ def _search_blocks(
                 reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
             else:
                 if search.block_input == "quantized":
-                    _recapture_inputs(model, blocks, order[position:], samples, teachers, task, store)
+                    _recapture_inputs(model, blocks, order[position:], samples, task, store)
                 factors = _search_one(blocks[name], name, store, search, bar, seed + position)
                 seconds = time.perf_counter() - start
                 if states is not None:
@@ -195,28 +201,24 @@ def _search_blocks(
 def _search_one(
     block: nn.Module, name: str, store: CaptureStore, search: SearchConfig, bar: tqdm, seed: int
 ) -> dict[str, float]:
-    device = next(block.parameters()).device
-    calls = [call.to(device) for call in store.calls(name)]
-    if search.windows or search.rows:
-        with float_only(block):
-            calls = [sample_call(block, call, search, seed) for call in calls]
-    calls = _unit_gradients(stack_calls(calls))
-    if not calls:
+    calls = UnitCalls(store, name)
+    module = block
+    for call in store.take_calls(name):
+        if search.windows or search.rows:
+            with float_only(block):
+                call = sample_call(block, call, search, seed)
+        module, units = to_units(block, call)
+        calls.add(units)
+    if not len(calls):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
 
     def tick(slot: str) -> None:
         bar.set_description(f"{name} {slot}")
         bar.update()
 
-    return search_block(block, calls, search, tick)
-
-
-def _unit_gradients(calls: list[BlockCall]) -> list[BlockCall]:
-    """Scale a block's gradients to unit root mean square, far from float32 underflow; no argmin changes."""
-    power = sum(float(g.double().square().sum()) for call in calls for g in call.grads)
-    number = sum(g.numel() for call in calls for g in call.grads)
-    scale = (number / power) ** 0.5 if power > 0 else 1.0
-    return [replace(call, grads=[g * scale for g in call.grads]) for call in calls]
+    factors = search_block(module, calls, search, tick)
+    calls.drop()
+    return factors
 
 
 def _recapture_inputs(
@@ -224,7 +226,6 @@ def _recapture_inputs(
     blocks: dict[str, nn.Module],
     remaining: list[str],
     samples: Sequence[Any],
-    teachers: list[tuple[Any, Any]],
     task: CalibrationTask,
     store: CaptureStore,
 ) -> None:
@@ -238,7 +239,7 @@ def _recapture_inputs(
             inputs.append((args, kwargs))
 
         with quantizer_mode(still_float, QuantizerMode.FLOAT), watch_blocks({name: blocks[name]}, see):
-            task.student(model, sample, teachers[image][1])
+            task.student(model, sample, store.get(("teacher", image))[1])
         for index, (args, kwargs) in enumerate(inputs):
             store.replace_input(name, image, index, args, kwargs)
 

@@ -6,7 +6,7 @@ a gradient that is zero or not finite, is refused.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from apq_mmdet.calibration.blocks import CaptureStore, tensors_of, watch_blocks
+from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
+from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import CalibrationError
 
 LEAST_DISTURBANCE = 1e-6  # relative; rounding noise of float32 is about 1e-7, 8-bit quantization about 1e-3
+
+GRADIENT_SCALE = 2.0**20  # squares of small gradients stay far from float32 underflow; no argmin changes
 
 
 class CalibrationTask(ABC):
@@ -68,16 +71,15 @@ def feature_loss(student: Any, teacher: Any) -> Tensor:
 def capture_gradients(
     model: nn.Module,
     blocks: dict[str, nn.Module],
-    samples: list[Any],
+    samples: Sequence[Any],
     task: CalibrationTask,
-    teachers: list[tuple[Any, Any]],
     store: CaptureStore,
     tick: Callable[[], None],
 ) -> None:
     """One disturbed pass with its backward per image; the gradients of all block outputs go to ``store``.
 
     Args:
-        teachers: (outputs, context) of each sample from the float pass.
+        store: holds (outputs, context) of each sample from the float pass, and takes the gradients.
         tick: called after each image.
 
     Raises:
@@ -89,7 +91,7 @@ def capture_gradients(
     seen: dict[str, bool] = dict.fromkeys(store.blocks, False)
     try:
         for image, sample in enumerate(samples):
-            teacher, context = teachers[image]
+            teacher, context = store.get(("teacher", image))
             for (name, index), grads in _gradients(model, blocks, sample, task, teacher, context).items():
                 seen[name] |= any(bool(g.any()) for g in grads)
                 store.add_grads(name, image, index, grads)
@@ -129,9 +131,10 @@ def _gradients(
     with torch.enable_grad(), watch_blocks(blocks, see):
         student = task.student(model, sample, context)
         loss = task.loss(student, teacher, context)
+        scaled = loss * GRADIENT_SCALE
     _check_disturbed(student, teacher, loss)
     flat = [t for tensors in outputs.values() for t in tensors]
-    grads = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+    grads = iter(torch.autograd.grad(scaled, flat, allow_unused=True))
     result = {
         key: [torch.zeros_like(t) if (g := next(grads)) is None else g for t in tensors]
         for key, tensors in outputs.items()

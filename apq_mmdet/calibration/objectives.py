@@ -32,25 +32,27 @@ class Objective(ABC):
         self.eliminate = eliminate
         self.eliminate_by = eliminate_by
 
-    def __call__(self, outputs: list[Tensor], targets: list[Tensor], grads: list[Tensor], images: int) -> Tensor:
-        """Error of each image, float64 [images].
+    def __call__(self, error: Tensor, grad: Tensor, dropped: int) -> Tensor:
+        """Sum of the cost of all but the ``dropped`` elements of lowest rank, a float64 scalar.
+
+        Given some elements of an image alone, but the number dropped from all of them, the result is no more than that
+        of the whole image: the dropped elements are at worst all among those given.
 
         Args:
-            outputs, targets, grads: tensors of equal shapes whose first axis splits evenly among the images.
-            images: how many images are stacked.
+            error, grad: [n].
+            dropped: how many elements are left out; all if it is n or more.
         """
-        error = _rows([o - t for o, t in zip(outputs, targets, strict=True)], images)  # [images, n]
-        grad = _rows(grads, images)  # [images, n]
+        if dropped >= error.numel():
+            return torch.zeros((), dtype=torch.float64, device=error.device)
         cost = self.cost(error, grad)
-        dropped = int(self.eliminate * error.shape[1])
         if dropped:
             rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
-            cost = cost * (rank >= order_statistic(rank, dropped))
-        return cost.sum(1, dtype=torch.float64)
+            cost.mul_(rank >= order_statistic(rank, dropped))
+        return cost.sum(dtype=torch.float64)
 
     @abstractmethod
     def cost(self, error: Tensor, grad: Tensor) -> Tensor:
-        """Non-negative cost of each element; all [images, n]."""
+        """Non-negative cost of each element; all [n]."""
 
 
 def build_objective(config: dict[str, Any]) -> Objective:
@@ -68,15 +70,10 @@ def build_objective(config: dict[str, Any]) -> Objective:
 
 
 def order_statistic(values: Tensor, index: int) -> Tensor:
-    """The ``index``-th smallest value (from 0) of each row; [images, n] -> [images, 1]."""
+    """The ``index``-th smallest (from 0) of the values, [n] -> a scalar."""
     if values.device.type == "cpu":  # numpy's selection is eight times as fast as torch's on a CPU
-        return torch.from_numpy(np.partition(values.numpy(), index, axis=1)[:, index : index + 1])
-    return values.kthvalue(index + 1, dim=1, keepdim=True).values
-
-
-def _rows(parts: list[Tensor], images: int) -> Tensor:
-    rows = [part.reshape(images, -1) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        return torch.from_numpy(np.partition(values.numpy(), index)[index : index + 1])[0]
+    return values.kthvalue(index + 1).values
 
 
 @OBJECTIVES.register_module(name="hessian")

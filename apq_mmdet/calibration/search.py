@@ -1,19 +1,21 @@
 """The search of range factors: one loop for every layer kind, objective and metric point."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import BlockCall, tensors_of
 from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.recipe import SearchConfig
-from apq_mmdet.errors import CalibrationError
+from apq_mmdet.calibration.replay import fixed_weights, layer_calls
+from apq_mmdet.calibration.scoring import best_candidate, candidate_errors, sum_by_image
+from apq_mmdet.calibration.units import UnitCall, UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
+
+MOST_RECORDED = 2**28  # bytes of the calls of a block's layers that are kept rather than made anew for each search
+RECORDED_PER_CALL = 10  # about how much larger than the block's own calls they are
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Slot:
 
 @torch.no_grad()
 def search_block(
-    block: nn.Module, calls: list[BlockCall], search: SearchConfig, tick: Callable[[str], None]
+    module: nn.Module, calls: UnitCalls, search: SearchConfig, tick: Callable[[str], None]
 ) -> dict[str, float]:
     """Choose the range factor of every quantizer of a block.
 
@@ -51,8 +53,9 @@ def search_block(
     are still float. From the second round on all are quantized.
 
     Args:
-        block: holds quantizers whose observed ranges are known; they are set to the result.
-        calls: float inputs, float outputs and gradients of the block.
+        module: the block, or its view of units; holds quantizers whose observed ranges are known, which are set to
+            the result.
+        calls: float inputs, float outputs and gradients of this process' images.
         search: grids, rounds, order, objective, metric point.
         tick: called with the name of the quantizer before each search, also of those that are skipped.
 
@@ -62,12 +65,9 @@ def search_block(
     Raises:
         CalibrationError: every candidate's error is NaN.
     """
-    objective = build_objective(search.objective)
-    # candidates are ranked at the module without elimination, which belongs to the block's output
-    ranking = objective if search.metric == "module" else type(objective)()
-    by_module = record_modules(block, calls) if search.metric == "module" or search.shortlist else {}
-    slots = _slots(block, calls, search.order)
-    for quantizer in quantizers_of(block):
+    errors = SlotErrors(module, calls, search)
+    slots = _slots(module, calls, search.order)
+    for quantizer in quantizers_of(module):
         quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.FLOAT
     changes = 0
@@ -81,79 +81,82 @@ def search_block(
             if slot.searched_at == changes:
                 continue
             settled = False
-            before, slot.factor = slot.factor, _best_factor(block, calls, slot, search, objective, ranking, by_module)
+            with fixed_weights(module, slot.layer, slot.role):
+                before, slot.factor = slot.factor, _best_factor(errors, slot, search)
             slot.quantizer.set_range_factor(slot.factor)
             # a change of its own does not make a slot's result stale
             changes += slot.factor != before
             slot.searched_at = changes
         if settled:
             break
-    for quantizer in quantizers_of(block):
+    for quantizer in quantizers_of(module):
         quantizer.mode = QuantizerMode.QUANTIZE
     return {slot.name: slot.factor for slot in slots}
 
 
-def _best_factor(
-    block: nn.Module,
-    calls: list[BlockCall],
-    slot: Slot,
-    search: SearchConfig,
-    objective: Objective,
-    ranking: Objective,
-    by_module: dict[str, list[BlockCall]],
-) -> float:
+def _best_factor(errors: "SlotErrors", slot: Slot, search: SearchConfig) -> float:
     factors = search.factors(slot.layer.kind, slot.quantizer.min_factor)
-    if search.metric == "module" or 0 < search.shortlist < len(factors):
-        errors = candidate_errors(slot.layer, by_module[slot.layer_name], slot, factors, ranking)
-        if search.metric == "module":
-            return factors[_argmin(errors, slot.name)]
-        best = (
-            errors.argsort(stable=True)[: search.shortlist].sort().values
-        )  # ascending factors: ties as in the exact form
-        factors = [factors[i] for i in best.tolist()]
-    return factors[_argmin(candidate_errors(block, calls, slot, factors, objective), slot.name)]
+    at_module = search.metric == "module"
+    if not at_module and 0 < search.shortlist < len(factors):
+        ranked = errors.at_module(slot, factors, 1.0, errors.ranking).argsort(stable=True)[: search.shortlist]
+        factors = [factors[i] for i in ranked.sort().values.tolist()]  # ascending: ties as in the exact form
+    incumbent = factors.index(slot.factor) if slot.searched_at >= 0 and slot.factor in factors else None
+
+    def evaluate(candidates: list[int], share: float) -> Tensor:
+        chosen = [factors[i] for i in candidates]
+        if at_module:
+            return errors.at_module(slot, chosen, share, errors.objective)
+        return errors.at_block(slot, chosen, share)
+
+    return factors[best_candidate(evaluate, len(factors), errors.objective.eliminate, incumbent, slot.name)]
 
 
-def candidate_errors(
-    module: nn.Module, calls: list[BlockCall], slot: Slot, factors: list[float], objective: Objective
-) -> Tensor:
-    """Error of ``module``'s output for each range factor of the slot's quantizer, float64 [candidates].
+class SlotErrors:
+    """Errors of candidate range factors at the block's or at the layer's output, summed over all images."""
 
-    Per-image errors are added in the order of the images, however the images are stacked into calls.
-    """
-    columns: list[tuple[int, Tensor]] = []
-    for call in calls:
-        with reuse_prefix(module, call, slot.layer):
-            per_candidate = []
-            for factor in factors:
-                slot.quantizer.set_range_factor(factor)
-                outputs = tensors_of(module(*call.args, **call.kwargs))
-                per_candidate.append(objective(outputs, call.outputs, call.grads, len(call.images)))
-        errors = torch.stack(per_candidate)  # [candidates, images]
-        columns += zip(call.images, errors.unbind(1), strict=True)
-    columns.sort(key=lambda column: column[0])
-    total = torch.zeros(len(factors), dtype=torch.float64, device=columns[0][1].device)
-    for _, column in columns:
-        total += column
-    return total
+    def __init__(self, module: nn.Module, calls: UnitCalls, search: SearchConfig) -> None:
+        self.module, self.calls = module, calls
+        self.objective = build_objective(search.objective)
+        # candidates are ranked at the module without elimination, which belongs to the block's output
+        self.ranking = type(self.objective)()
+        self._recorded: dict[QuantizedLayer, list[UnitCall]] | None = None
+
+    def at_block(self, slot: Slot, factors: list[float], share: float) -> Tensor:
+        """Float64 [factors]; a lower bound if only a ``share`` of the units is looked at."""
+        calls = (call.first(share) for call in self.calls.most_important(share))
+        columns = candidate_errors(self.module, calls, slot.layer, slot.role, factors, self.objective)
+        return sum_by_image(columns, len(factors))
+
+    def at_module(self, slot: Slot, factors: list[float], share: float, objective: Objective) -> Tensor:
+        """As ``at_block``, of the layer's own output on its float input."""
+        calls = (call.first(share) for call in self._layer_calls(slot.layer, share))
+        columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, factors, objective)
+        return sum_by_image(columns, len(factors))
+
+    def _layer_calls(self, layer: QuantizedLayer, share: float) -> Iterator[UnitCall]:
+        """The layer's own calls: kept from the first time on where all layers' calls are small."""
+        if self.calls.bytes * RECORDED_PER_CALL > MOST_RECORDED:
+            for call in self.calls.most_important(share):
+                yield from (recorded for _, recorded in layer_calls(self.module, call, [layer]))
+            return
+        if self._recorded is None:
+            layers = [found for _, found in quantized_layers(self.module)]
+            self._recorded = {found: [] for found in layers}
+            for call in self.calls:
+                for found, recorded in layer_calls(self.module, call, layers):
+                    self._recorded[found].append(recorded)
+        yield from self._recorded[layer]
 
 
-def _argmin(errors: Tensor, name: str) -> int:
-    """Index of the least error; the first one where several tie."""
-    if not bool(errors.isfinite().any()):
-        raise CalibrationError(f"{name}: the error of every candidate range is NaN or infinite")
-    errors = errors.nan_to_num(nan=float("inf"))
-    return int((errors == errors.min()).nonzero()[0])
-
-
-def _slots(block: nn.Module, calls: list[BlockCall], order: str) -> list[Slot]:
+def _slots(module: nn.Module, calls: UnitCalls, order: str) -> list[Slot]:
     """The block's quantizers in search order: layers by execution, within a layer by role."""
     executed: list[nn.Module] = []
-    layers = {layer: name for name, layer in quantized_layers(block)}
+    layers = {layer: name for name, layer in quantized_layers(module)}
+    call = calls.smallest()
     handles = [layer.register_forward_pre_hook(lambda m, _: executed.append(m)) for layer in layers]
     try:
-        with float_only(block):
-            block(*calls[0].args, **calls[0].kwargs)
+        with float_only(module):
+            module(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -161,121 +164,3 @@ def _slots(block: nn.Module, calls: list[BlockCall], order: str) -> list[Slot]:
     if order == "backward":
         ordered.reverse()
     return [Slot(layers[m], m, role) for m in ordered for role in m.roles if role in m.quantizers]
-
-
-def record_modules(block: nn.Module, calls: list[BlockCall]) -> dict[str, list[BlockCall]]:
-    """Float inputs, outputs and output gradients of each quantized layer of a block, one replay per call.
-
-    The gradient at a layer's output is the block output's gradient pulled back through the float block, so only
-    block-level tensors ever have to be captured.
-    """
-    recorded: dict[str, list[BlockCall]] = {name: [] for name, _ in quantized_layers(block)}
-    names = {layer: name for name, layer in quantized_layers(block)}
-    for call in calls:
-        seen: list[tuple[str, tuple[Any, ...], Tensor]] = []
-
-        def hook(module: nn.Module, args: tuple, output: Tensor, seen: list = seen) -> Tensor:
-            output = output if output.requires_grad else output.requires_grad_()
-            seen.append((names[module], args, output))
-            return output.clone()  # what follows may modify it in place
-
-        handles = [layer.register_forward_hook(hook) for layer in names]
-        try:
-            with torch.enable_grad(), float_only(block), _constant_parameters(block):
-                outputs = tensors_of(block(*call.args, **call.kwargs))
-        finally:
-            for handle in handles:
-                handle.remove()
-        kept = [(o, g) for o, g in zip(outputs, call.grads, strict=True) if o.requires_grad]
-        layer_outputs = [output for _, _, output in seen]
-        grads = torch.autograd.grad(
-            [o for o, _ in kept], layer_outputs, grad_outputs=[g for _, g in kept], allow_unused=True
-        )
-        for (name, args, output), grad in zip(seen, grads, strict=True):
-            grad = torch.zeros_like(output) if grad is None else grad
-            inputs = tuple(a.detach() for a in args)
-            recorded[name].append(BlockCall(inputs, {}, [output.detach()], [grad], call.images))
-    return recorded
-
-
-@contextlib.contextmanager
-def _constant_parameters(module: nn.Module) -> Iterator[None]:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def reuse_prefix(block: nn.Module, call: BlockCall, target: nn.Module) -> Iterator[None]:
-    """Context in which the submodules that ran before ``target`` return their remembered outputs.
-
-    Their inputs and parameters do not change while only ``target`` does, so the block's output is the same to the
-    last bit. Left alone are modules that run again after the target has started, and modules whose output is
-    modified in place later on.
-    """
-    remembered = _finished_before(block, call, target) if block is not target else {}
-    for module, outputs in remembered.items():
-        replay = _Replay([output for output, _ in outputs])
-        module.__dict__["forward"] = replay
-    try:
-        yield
-    finally:
-        for module in remembered:
-            del module.__dict__["forward"]
-
-
-class _Replay:
-    """A stand-in for ``forward`` that returns the remembered outputs in turn, again and again."""
-
-    def __init__(self, outputs: list[Any]) -> None:
-        self.outputs = outputs
-        self.position = 0
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        output = self.outputs[self.position]
-        self.position = (self.position + 1) % len(self.outputs)
-        return output
-
-
-def _finished_before(
-    block: nn.Module, call: BlockCall, target: nn.Module
-) -> dict[nn.Module, list[tuple[Any, list[int]]]]:
-    finished: dict[nn.Module, list[tuple[Any, list[int]]]] = {}
-    started = False
-    late: set[nn.Module] = set()
-
-    def on_start(module: nn.Module, _: Any) -> None:
-        nonlocal started
-        started |= module is target
-        if started:
-            late.add(module)
-
-    def on_end(module: nn.Module, _: Any, output: Any) -> None:
-        if started:
-            late.add(module)
-        else:
-            finished.setdefault(module, []).append((output, [t._version for t in tensors_of(output)]))
-
-    inner = [m for m in block.modules() if m is not block and not isinstance(m, Quantizer)]
-    handles = [m.register_forward_pre_hook(on_start) for m in inner]
-    handles += [m.register_forward_hook(on_end) for m in inner]
-    try:
-        block(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    # an inner call of a module that is itself remembered is never made in the replay
-    chosen = {m: outputs for m, outputs in finished.items() if m not in late and _unmodified(outputs)}
-    covered = {child for m in chosen for child in m.modules() if child is not m}
-    return {m: outputs for m, outputs in chosen.items() if m not in covered}
-
-
-def _unmodified(outputs: list[tuple[Any, list[int]]]) -> bool:
-    return all(
-        t._version == v for output, versions in outputs for t, v in zip(tensors_of(output), versions, strict=True)
-    )

@@ -5,8 +5,7 @@ and the RoI heads on the float model's proposals (KL of class scores, L1 of delt
 Dense one-stage detectors: as the RPN. Others: their neck's features. Every term is a mean over its elements.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,7 @@ MAX_PROPOSALS = 256  # float proposals of an image on which the RoI heads are ju
 MAX_MASKS = 32
 
 
-@dataclass(frozen=True)
-class FixedRois:
+class FixedRois(NamedTuple):
     """The float model's RoIs: [n, 5] for each bbox stage, [m, 5] for the masks, and each mask's label [m]."""
 
     bbox: list[Tensor]

@@ -34,6 +34,7 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         scale: float32 [G]; zero_point: int32 [G]; bits: uint8 []; signed, calibrated: bool []; all in the state_dict.
         observed: the (lowest, highest) values seen, each [G], or None.
+        fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
         min_factor: smallest range factor that a search may choose.
     """
 
@@ -48,6 +49,7 @@ class Quantizer(nn.Module, ABC):
         self.code_max = self.code_min + 2**bits - 1
         self.mode = QuantizerMode.QUANTIZE
         self.observed: tuple[Tensor, Tensor] | None = None
+        self.fixed: Tensor | None = None
         self._ready = False
         self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("zero_point", torch.zeros(groups, dtype=torch.int32))
@@ -110,6 +112,8 @@ class Quantizer(nn.Module, ABC):
         if self.mode is QuantizerMode.OBSERVE:
             self.observe(x)
             return x
+        if self.fixed is not None:
+            return self.fixed
         if not self._ready:
             self._ready = bool(self.calibrated)
             if not self._ready:

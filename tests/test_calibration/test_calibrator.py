@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from apq_mmdet.calibration import FeatureTask, calibrate
-from apq_mmdet.calibration.blocks import CaptureStore
+from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model, quantizers_of
 
@@ -183,7 +183,7 @@ def test_minmax_captures_nothing(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("captured")
 
-    monkeypatch.setattr("apq_mmdet.calibration.blocks.CaptureStore.add_call", refuse)
+    monkeypatch.setattr("apq_mmdet.calibration.store.CaptureStore.add_call", refuse)
     calibrate(quantized_swin(recipe("minmax")), IMAGES, recipe("minmax"))
     with pytest.raises(AssertionError, match="captured"):
         calibrate(quantized_swin(fast()), IMAGES, fast())
@@ -198,7 +198,7 @@ def test_captures_go_where_the_caller_says_and_go_away(tmp_path, monkeypatch):
         seen.extend(tmp_path.glob("apq_capture_*/*"))
 
     monkeypatch.setattr(CaptureStore, "add_call", note)
-    calibrate(quantized_swin(fast()), IMAGES, fast(), capture_dir=tmp_path)
+    calibrate(quantized_swin(fast()), IMAGES, fast(), capture_dir=tmp_path, memory_budget=0)
     assert seen
     assert not list(tmp_path.iterdir())
 

@@ -6,8 +6,11 @@ import torch
 from helpers import build_swin, recipe, short_grids
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
-from apq_mmdet.calibration.sampling import sample_call, stack_calls
-from apq_mmdet.calibration.search import Slot, record_modules, reuse_prefix, search_block
+from apq_mmdet.calibration.replay import layer_calls, reuse_prefix
+from apq_mmdet.calibration.sampling import sample_call
+from apq_mmdet.calibration.search import Slot, search_block
+from apq_mmdet.calibration.store import TensorStore
+from apq_mmdet.calibration.units import UnitCalls, to_units
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
@@ -31,11 +34,20 @@ def prepared(index, settings, channels=8):
         for image, (h, w) in enumerate(SIZES):
             x = torch.randn(1, h * w, channels)
             output = block(x, (h, w))
-            calls.append(BlockCall((x, (h, w)), {}, [output], [torch.randn_like(output)], (image,)))
+            calls.append(BlockCall((x, (h, w)), {}, [output], [torch.randn_like(output)], image))
     for _, layer in quantized_layers(block):
         if "weight" in layer.quantizers:
             layer.quantizers["weight"].observe(layer.weight)
     return block, calls
+
+
+def search(block, calls, settings):
+    """The choices of ``search_block`` on these calls."""
+    units = UnitCalls(TensorStore(memory=2**30), "block")
+    for call in calls:
+        view, units_of_call = to_units(block, call)
+        units.add(units_of_call)
+    return search_block(view, units, settings, lambda _: None)
 
 
 def brute_force(block, calls, search):
@@ -81,11 +93,11 @@ def by_layer_forward():
 @pytest.mark.parametrize("order", ["backward", "forward"])
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
 def test_same_choices_as_brute_force_in_float64(index, order, recipe_name):
-    settings = recipe(recipe_name, search=dict(grids=short_grids(), order=order))
+    settings = recipe(recipe_name, search=dict(grids=short_grids(12), order=order))  # enough to be screened
     block, calls = prepared(index, settings)
     with torch.no_grad():
         want = brute_force(block, calls, settings.search)
-    got = search_block(block, stack_calls(calls), settings.search, lambda _: None)
+    got = search(block, calls, settings.search)
     assert got == pytest.approx(want)
     assert len(set(got.values())) > 3  # the data does not make every choice the same
     for name, layer in quantized_layers(block):
@@ -99,7 +111,7 @@ def test_a_full_shortlist_is_the_exact_form_and_the_module_metric_is_another():
     exact = recipe("apq", search=dict(grids=short_grids()))
     block, calls = prepared(0, exact)
     results = {
-        name: search_block(block, calls, replace(exact.search, **change), lambda _: None)
+        name: search(block, calls, replace(exact.search, **change))
         for name, change in {"exact": {}, "full": dict(shortlist=8), "module": dict(metric="module")}.items()
     }
     assert results["exact"] == results["full"]
@@ -109,7 +121,7 @@ def test_a_full_shortlist_is_the_exact_form_and_the_module_metric_is_another():
 def test_module_metric_of_the_first_layer_against_brute_force():
     settings = recipe("apq", search=dict(grids=short_grids(), metric="module", rounds=1))
     block, calls = prepared(0, settings)
-    got = search_block(block, calls, settings.search, lambda _: None)
+    got = search(block, calls, settings.search)
     name, layer = "ffn.layers.0.0", dict(quantized_layers(block))["ffn.layers.0.0"]
     errors = []
     factors = settings.search.factors("Linear")
@@ -139,16 +151,22 @@ def test_reused_prefix_changes_no_bit():
     block, calls = prepared(1, recipe("minmax"))
     for quantizer in quantizers_of(block):
         quantizer.set_range_factor(1.0)
+    view, call = to_units(block, calls[0])
     with torch.no_grad():
-        want = block(*calls[0].args)
+        want = view(*call.args)
         for _, layer in quantized_layers(block):
-            with reuse_prefix(block, calls[0], layer):
-                # the first norm is remembered, so what it would be given does not matter
-                block.norm1.weight.add_(1)
-                assert torch.equal(block(*calls[0].args), want)
-                assert torch.equal(block(*calls[0].args), want)
-                block.norm1.weight.sub_(1)
-            assert torch.equal(block(*calls[0].args), want)
+            for role, quantizer in layer.quantizers.items():
+                with reuse_prefix(view, call, layer, role):
+                    # the first norm is remembered, so what it would be given does not matter
+                    block.norm1.weight.add_(1)
+                    assert torch.equal(view(*call.args), want)
+                    assert torch.equal(view(*call.args), want)
+                    block.norm1.weight.sub_(1)
+                    # the searched quantizer is not
+                    quantizer.set_range_factor(0.5)
+                    assert not torch.equal(view(*call.args), want)
+                    quantizer.set_range_factor(1.0)
+                assert torch.equal(view(*call.args), want)
 
 
 def test_prefix_keeps_away_from_outputs_that_are_modified_in_place():
@@ -161,28 +179,29 @@ def test_prefix_keeps_away_from_outputs_that_are_modified_in_place():
             return self.b(self.a(x).add_(1))
 
     block, x = InPlace(), torch.randn(2, 3)
-    with torch.no_grad():
+    quantize_model(block, recipe("minmax").policy)
+    with torch.no_grad(), quantizer_mode(quantizers_of(block), QuantizerMode.OBSERVE):
+        block(x)
+    with torch.no_grad(), float_only(block):
         want = block(x)
-        with reuse_prefix(block, BlockCall((x,), {}, [want], [want], (0,)), block.b):
+        _, call = to_units(block, BlockCall((x,), {}, [want], [want], 0))
+        with reuse_prefix(block, call, block.b, "input"):
             assert torch.equal(block(x), want)
             assert torch.equal(block(x), want)
 
 
 def test_module_gradients_are_those_of_the_float_block():
     block, calls = prepared(0, recipe("minmax"))
-    recorded = record_modules(block, calls)
-    call = recorded["ffn.layers.1"][0]
-    # the last linear is followed by the residual sum alone
-    assert torch.equal(call.grads[0], calls[0].grads[0])
+    view, call = to_units(block, calls[1])
+    layers = [layer for _, layer in quantized_layers(block)]
+    recorded = dict(layer_calls(view, call, layers))
+    last = recorded[block.ffn.layers[1]]
+    # the last linear is followed by the residual sum alone, and never sees padding
+    dense = calls[1].grads[0][0]
+    assert last.grads.shape == dense.shape
+    assert torch.equal(last.grads.sort(0).values, dense.sort(0).values)
     with float_only(block), torch.no_grad():
-        assert torch.equal(block.ffn.layers[1](*call.args), call.outputs[0])
-
-
-def test_stacking_keeps_images_apart():
-    _, calls = prepared(0, recipe("minmax"))
-    stacked = stack_calls(calls)
-    assert sorted(c.images for c in stacked) == [(0, 2), (1,)]
-    assert torch.equal(next(c for c in stacked if len(c.images) == 2).args[0][1:], calls[2].args[0])
+        assert torch.equal(block.ffn.layers[1](*last.args), last.targets)
 
 
 def test_window_sampling_is_a_valid_crop():

@@ -1,0 +1,160 @@
+"""Replaying a block many times at the least cost: what cannot change is computed once."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.units import UnitCall, rows_of
+from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
+from apq_mmdet.quantizers import Quantizer, QuantizerMode
+
+
+@contextlib.contextmanager
+def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterator[None]:
+    """Context in which every quantized weight but the searched one is quantized once, not in each replay."""
+    fixed: list[Quantizer] = []
+    for _, layer in quantized_layers(block):
+        if "weight" not in layer.quantizers or (layer is target and role == "weight"):
+            continue
+        quantizer = layer.quantizers["weight"]
+        if quantizer.mode is QuantizerMode.QUANTIZE:
+            quantizer.fixed = quantizer(layer.weight)
+            fixed.append(quantizer)
+    try:
+        yield
+    finally:
+        for quantizer in fixed:
+            quantizer.fixed = None
+
+
+@contextlib.contextmanager
+def reuse_prefix(block: nn.Module, call: UnitCall, target: QuantizedLayer, role: str) -> Iterator[None]:
+    """Context in which the submodules that ran before ``target`` return their remembered outputs.
+
+    Their inputs and parameters do not change while only one quantizer does, so the block's output is the same to the
+    last bit. The target's other quantizers count among them if it runs once. Left alone are modules that run again
+    after the target has started, and modules whose output is modified in place later on.
+
+    Args:
+        role: of the target's quantizer that changes.
+    """
+    remembered = _finished_before(block, call, target, role)
+    for module, outputs in remembered.items():
+        replay = _Replay([output for output, _ in outputs])
+        module.__dict__["forward"] = replay
+    try:
+        yield
+    finally:
+        for module in remembered:
+            del module.__dict__["forward"]
+
+
+class _Replay:
+    """A stand-in for ``forward`` that returns the remembered outputs in turn, again and again."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+        self.position = 0
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        output = self.outputs[self.position]
+        self.position = (self.position + 1) % len(self.outputs)
+        return output
+
+
+def _finished_before(
+    block: nn.Module, call: UnitCall, target: QuantizedLayer, role: str
+) -> dict[nn.Module, list[tuple[Any, list[int]]]]:
+    finished: dict[nn.Module, list[tuple[Any, list[int]]]] = {}
+    starts = 0  # of the target
+    late: set[nn.Module] = set()
+    constant = {q for other, q in target.quantizers.items() if other != role}
+
+    def on_start(module: nn.Module, _: Any) -> None:
+        nonlocal starts
+        starts += module is target
+        if starts and module not in constant:
+            late.add(module)
+
+    def on_end(module: nn.Module, _: Any, output: Any) -> None:
+        if starts and module not in constant:
+            late.add(module)
+        else:
+            finished.setdefault(module, []).append((output, [t._version for t in tensors_of(output)]))
+
+    inner = [m for m in block.modules() if m in constant or not (m is block or isinstance(m, Quantizer))]
+    handles = [m.register_forward_pre_hook(on_start) for m in inner]
+    handles += [m.register_forward_hook(on_end) for m in inner]
+    try:
+        block(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if starts > 1:
+        late |= constant
+    # an inner call of a module that is itself remembered is never made in the replay
+    chosen = {m: outputs for m, outputs in finished.items() if m not in late and _unmodified(outputs)}
+    covered = {child for m in chosen for child in m.modules() if child is not m}
+    return {m: outputs for m, outputs in chosen.items() if m not in covered}
+
+
+def _unmodified(outputs: list[tuple[Any, list[int]]]) -> bool:
+    return all(
+        t._version == v for output, versions in outputs for t, v in zip(tensors_of(output), versions, strict=True)
+    )
+
+
+def layer_calls(
+    block: nn.Module, call: UnitCall, wanted: list[QuantizedLayer]
+) -> list[tuple[QuantizedLayer, UnitCall]]:
+    """Float inputs, outputs and output gradients of quantized layers in one call of their block.
+
+    The gradient at a layer's output is the block output's gradient pulled back through the float block, so only
+    block-level tensors ever have to be captured.
+    """
+    seen: list[tuple[QuantizedLayer, tuple[Any, ...], Tensor]] = []
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.requires_grad_()
+        seen.append((module, args, output))
+        return output.clone()  # what follows may modify it in place
+
+    handles = [layer.register_forward_hook(hook) for layer in wanted]
+    try:
+        with torch.enable_grad(), float_only(block), _constant_parameters(block):
+            output = rows_of(tensors_of(block(*call.args, **call.kwargs)), len(call.targets))
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = [layer_output for _, _, layer_output in seen]
+    grads = torch.autograd.grad(output, outputs, grad_outputs=call.grads, allow_unused=True)
+    return [
+        (layer, _layer_call(args, output.detach(), grad, call))
+        for (layer, args, output), grad in zip(seen, grads, strict=True)
+    ]
+
+
+def _layer_call(args: tuple[Any, ...], output: Tensor, grad: Tensor | None, call: UnitCall) -> UnitCall:
+    """The entries of a layer's first axis are its units: every kind of layer treats them apart."""
+    inputs = tuple(a.detach() for a in args)
+    targets = output.reshape(len(output), -1)
+    grads = torch.zeros_like(targets) if grad is None else grad.reshape(len(output), -1)
+    padding = torch.zeros(len(output), dtype=torch.int64, device=output.device)
+    separable = all(isinstance(a, Tensor) and len(a) == len(output) for a in inputs)
+    return UnitCall(inputs, {}, targets, grads, padding, call.image, targets.numel(), separable)
+
+
+@contextlib.contextmanager
+def _constant_parameters(module: nn.Module) -> Iterator[None]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

@@ -1,0 +1,126 @@
+"""Errors of candidate ranges over all images, and the exact choice of the best one from few full evaluations."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.objectives import Objective
+from apq_mmdet.calibration.replay import reuse_prefix
+from apq_mmdet.calibration.units import Batch, UnitCall, batches, rows_of
+from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers.base import QuantizedLayer
+
+SCREENS = (0.05, 0.3)  # shares of a call's units, the most important ones, on which the candidates are screened
+TOGETHER = 8  # candidates that are evaluated in full before the others are compared with the best so far
+ROUNDING = 1e-3  # relative; sums over differently cut tiles differ by far less
+BUFFER_ELEMENTS = 2**26  # of the errors that are held at once, 256 MiB
+
+
+def candidate_errors(
+    module: nn.Module,
+    calls: Iterable[UnitCall],
+    layer: QuantizedLayer,
+    role: str,
+    factors: Sequence[float],
+    objective: Objective,
+) -> list[tuple[int, Tensor]]:
+    """Error of ``module``'s output on each call for each range factor of one quantizer.
+
+    Returns:
+        (image, float64 [candidates]) of each call, in order.
+    """
+    quantizer = layer.quantizers[role]
+    parameters = [quantizer.parameters_for(*quantizer.observed, factor) for factor in factors]
+    columns: list[tuple[int, Tensor]] = []
+    for batch in batches(calls):
+        together = max(1, BUFFER_ELEMENTS // batch.stacked.targets.numel())
+        errors = [
+            _batch_errors(module, batch, layer, role, parameters[start : start + together], objective)
+            for start in range(0, len(parameters), together)
+        ]
+        columns += zip((call.image for call in batch.calls), torch.cat(errors).unbind(1), strict=True)
+    return columns
+
+
+def sum_by_image(columns: list[tuple[int, Tensor]], candidates: int) -> Tensor:
+    """Sum of the columns [candidates] of all calls in the order of their images, float64 [candidates]."""
+    total = torch.zeros(candidates, dtype=torch.float64)
+    for _, column in sorted(columns, key=lambda pair: pair[0]):
+        total += column.cpu()
+    return total
+
+
+def _batch_errors(
+    module: nn.Module,
+    batch: Batch,
+    layer: QuantizedLayer,
+    role: str,
+    parameters: list[tuple[Tensor, Tensor]],
+    objective: Objective,
+) -> Tensor:
+    """Error of each candidate on each call of a batch, float64 [candidates, calls]."""
+    targets, grads = batch.stacked.targets, batch.stacked.grads  # [U, E]
+    errors = targets.new_empty(len(parameters), *targets.shape)  # [candidates, U, E]
+    for start, stop, tile in batch.tiles():
+        with reuse_prefix(module, tile, layer, role):
+            for candidate, (scale, zero_point) in enumerate(parameters):
+                layer.quantizers[role].set_parameters(scale, zero_point)
+                outputs = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), stop - start)
+                torch.sub(outputs, tile.targets, out=errors[candidate, start:stop])
+    per_call, start = [], 0
+    for call, length in zip(batch.calls, batch.lengths, strict=True):
+        dropped = int(objective.eliminate * call.elements) + int(call.padding.sum())
+        grad = grads[start : start + length].reshape(-1)
+        rows = errors[:, start : start + length].reshape(len(parameters), -1)
+        per_call.append(torch.stack([objective(row, grad, dropped) for row in rows]))
+        start += length
+    return torch.stack(per_call, 1)
+
+
+def best_candidate(
+    errors: Callable[[list[int], float], Tensor], number: int, eliminate: float, incumbent: int | None, name: str
+) -> int:
+    """Index of the candidate of least error, the first one where several tie; exact.
+
+    Errors are sums of non-negative terms. So what the most important units alone add up to is a lower bound, and a
+    candidate whose bound exceeds the full error of another one is out (early abandoning).
+
+    Args:
+        errors: (candidates, share of the units) -> their errors, float64; a lower bound for a share below 1.
+        number: of candidates.
+        eliminate: share of an image's elements that the objective drops, whichever they are.
+        incumbent: candidate that was best before, or None.
+        name: of the quantizer, for the error.
+
+    Raises:
+        CalibrationError: the error of every candidate is NaN or infinite.
+    """
+    bounds = torch.zeros(number, dtype=torch.float64)
+    full: dict[int, float] = {}
+
+    def evaluate(candidates: list[int]) -> None:
+        for candidate, error in zip(candidates, errors(candidates, 1.0).tolist(), strict=True):
+            full[candidate] = error if error == error else float("inf")
+
+    def alive() -> list[int]:
+        least = min(full.values(), default=float("inf"))
+        left = [c for c in range(number) if c not in full and float(bounds[c]) * (1 - ROUNDING) <= least]
+        return sorted(left, key=lambda c: float(bounds[c]))
+
+    if number > TOGETHER:
+        if incumbent is not None:
+            evaluate([incumbent])
+        # a screen that is not well above the share that may be dropped bounds nothing
+        for share in (s for s in SCREENS if s > 2 * eliminate):
+            left = alive()
+            bounds[left] = errors(left, share)
+            if not full:
+                evaluate(alive()[:1])
+    while left := alive():
+        evaluate(left[:TOGETHER])
+    least = min(full.values(), default=float("inf"))
+    if least == float("inf"):
+        raise CalibrationError(f"{name}: the error of every candidate range is NaN or infinite")
+    return min(c for c, error in full.items() if error == least)

@@ -1,0 +1,121 @@
+"""Captured tensors: in memory up to a budget, beyond it on disk, read back through memory maps."""
+
+import tempfile
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from apq_mmdet.calibration.blocks import BlockCall, tensors_of
+
+TENSOR = object()  # stands for a tensor in the structure of a kept tree
+
+
+class TensorStore:
+    """Nested tuples, lists and dicts of tensors by key; memory stays within a budget, whatever is put in.
+
+    Tensors are copied when they are put in. What fits in the budget stays in memory on its device; the rest goes to
+    files in a temporary folder that goes with the context.
+
+    Args:
+        parent: existing folder to make the temporary one in; None for the system's.
+        memory: bytes that may stay in memory.
+    """
+
+    def __init__(self, parent: str | Path | None = None, memory: int = 0) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_", dir=parent)
+        self._memory = memory
+        self._structure: dict[Hashable, tuple[TreeSpec, list[Any], torch.device]] = {}
+        self._held: dict[Hashable, list[Tensor]] = {}
+        self._files: dict[Hashable, Path] = {}
+        self._written = 0
+
+    def __enter__(self) -> "TensorStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.clear()
+        self._folder.cleanup()
+
+    def put(self, key: Hashable, tree: Any) -> None:
+        """Keep a tree; an earlier one of the same key is replaced."""
+        self.drop(key)
+        leaves, spec = tree_flatten(tree)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        self._structure[key] = (spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], device)
+        size = _bytes(tensors)
+        if size <= self._memory:
+            self._memory -= size
+            self._held[key] = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        elif tensors:
+            self._written += 1
+            self._files[key] = Path(self._folder.name) / f"{self._written}.pt"
+            torch.save([t.cpu().clone(memory_format=torch.contiguous_format) for t in tensors], self._files[key])
+
+    def get(self, key: Hashable) -> Any:
+        """The tree of a key; its tensors must not be modified."""
+        spec, leaves, device = self._structure[key]
+        if key in self._files:
+            tensors = torch.load(self._files[key], mmap=True, weights_only=True)
+            tensors = [t.to(device) for t in tensors]
+        else:
+            tensors = self._held.get(key, [])
+        left = iter(tensors)
+        return tree_unflatten([next(left) if leaf is TENSOR else leaf for leaf in leaves], spec)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a key."""
+        self._structure.pop(key, None)
+        self._memory += _bytes(self._held.pop(key, []))
+        if key in self._files:
+            self._files.pop(key).unlink()
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class CaptureStore(TensorStore):
+    """What each block sees and gives, call by call, in the order of the first calls.
+
+    Args:
+        parent, memory: see TensorStore.
+    """
+
+    def __init__(self, parent: str | Path | None = None, memory: int = 0) -> None:
+        super().__init__(parent, memory)
+        self._calls: dict[str, list[tuple[int, int]]] = {}
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the captured blocks in the order of their first call."""
+        return list(self._calls)
+
+    def add_call(self, block: str, image: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep one float call of a block."""
+        calls = self._calls.setdefault(block, [])
+        index = sum(1 for i, _ in calls if i == image)
+        calls.append((image, index))
+        self.put((block, image, index, "input"), (args, kwargs))
+        self.put((block, image, index, "output"), tensors_of(output))
+
+    def replace_input(self, block: str, image: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Exchange the recorded input of a call, keeping its float output."""
+        self.put((block, image, index, "input"), (args, kwargs))
+
+    def add_grads(self, block: str, image: int, index: int, grads: list[Tensor]) -> None:
+        """Keep the gradients at the outputs of one call."""
+        self.put((block, image, index, "grads"), grads)
+
+    def take_calls(self, block: str) -> Iterator[BlockCall]:
+        """The captured calls of a block in the order of the images; each is forgotten once it was taken."""
+        for image, index in sorted(self._calls[block]):
+            args, kwargs = self.get((block, image, index, "input"))
+            outputs, grads = (self.get((block, image, index, part)) for part in ("output", "grads"))
+            yield BlockCall(tuple(args), kwargs, outputs, grads, image)
+            for part in ("input", "output", "grads"):
+                self.drop((block, image, index, part))

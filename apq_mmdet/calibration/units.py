@@ -1,0 +1,236 @@
+"""Units: the parts of a block call that do not see each other, such as windows, patches and RoIs.
+
+A search looks at a call as a stack of its units, the most important ones first. Tiles of units stay in the cache, and
+the first units alone tell most of the bad candidates.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from apq_mmdet.calibration.blocks import BlockCall
+from apq_mmdet.calibration.store import TensorStore
+
+TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
+SHARD = 4  # images whose small calls share a tile; the least number of images that a process is given
+
+
+@dataclass(frozen=True)
+class View:
+    """A block call as independent units.
+
+    Attributes:
+        module: maps the units' inputs to their outputs; shares the block's submodules and their names.
+        args: its inputs; every tensor has the units on axis 0.
+        to_units: takes an output of the block, or a gradient of one, to [units, ...].
+        padding: int64 [units], output elements of each unit that stand for nothing; None where there are none.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    to_units: Callable[[Tensor], Tensor]
+    padding: Tensor | None = None
+
+
+ViewMaker = Callable[[nn.Module, BlockCall], View | None]
+VIEWS: dict[type[nn.Module], ViewMaker] = {}
+
+
+def register_view(*classes: type[nn.Module]) -> Callable[[ViewMaker], ViewMaker]:
+    """Decorator: calls of blocks of these classes (or of subclasses) are taken apart by the decorated function.
+
+    It returns None where a call cannot be taken apart.
+    """
+
+    def register(function: ViewMaker) -> ViewMaker:
+        for cls in classes:
+            VIEWS[cls] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class UnitCall:
+    """One call of a block as a stack of U units, the ones of largest gradient first; or as one unit, the whole call.
+
+    Attributes:
+        args, kwargs: inputs; where ``separable``, every tensor has the units on axis 0.
+        targets, grads: float outputs and their gradients, [U, elements of a unit].
+        padding: int64 [U], elements of each unit that stand for nothing: zero in outputs, targets and gradients.
+        image: the image's index.
+        elements: number of output elements of the whole call without padding, also where only some units are held.
+        separable: whether units can be judged apart.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Tensor
+    grads: Tensor
+    padding: Tensor
+    image: int
+    elements: int
+    separable: bool
+
+    @property
+    def signature(self) -> str:
+        """Calls of equal signature can be stacked."""
+        leaves, spec = tree_flatten([self.args, self.kwargs])
+        described = [t.shape[1:] if isinstance(t, Tensor) else t for t in leaves]
+        return f"{self.separable} {self.targets.shape[1]} {spec} {described}"
+
+    def units(self, start: int, stop: int) -> "UnitCall":
+        """The units ``start`` to ``stop``, without a copy."""
+        if not self.separable or (start == 0 and stop >= len(self.targets)):
+            return self
+        return self.map(lambda t: t[start:stop])
+
+    def first(self, share: float) -> "UnitCall":
+        """The most important units, a share of them and at least one."""
+        return self.units(0, math.ceil(share * len(self.targets)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "UnitCall":
+        """Apply a function to every tensor."""
+        args, kwargs, targets, grads, padding = tree_map_only(
+            Tensor, function, [list(self.args), self.kwargs, self.targets, self.grads, self.padding]
+        )
+        return replace(self, args=tuple(args), kwargs=kwargs, targets=targets, grads=grads, padding=padding)
+
+
+def rows_of(outputs: list[Tensor], units: int) -> Tensor:
+    """Outputs of a module as [units, elements]."""
+    rows = [output.reshape(units, -1) for output in outputs]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+def to_units(block: nn.Module, call: BlockCall) -> tuple[nn.Module, UnitCall]:
+    """Take a call apart, if its block's class says how.
+
+    Returns:
+        The module that maps the units' inputs to their outputs, and the call.
+    """
+    view = next((make(block, call) for cls, make in VIEWS.items() if isinstance(block, cls)), None)
+    if view is None:
+        targets, grads = rows_of(call.outputs, 1), rows_of(call.grads, 1)
+        padding = torch.zeros(1, dtype=torch.int64, device=targets.device)
+        return block, UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, targets.numel(), False)
+    number = next(len(t) for t in tree_flatten(view.args)[0] if isinstance(t, Tensor))
+    targets, grads = (rows_of([view.to_units(t) for t in part], number) for part in (call.outputs, call.grads))
+    order = grads.square().sum(1).argsort(descending=True, stable=True)
+    padding = torch.zeros(number, dtype=torch.int64, device=order.device) if view.padding is None else view.padding
+    units = UnitCall(view.args, {}, targets, grads, padding, call.image, 0, True).map(lambda t: t[order])
+    return view.module, replace(units, elements=units.targets.numel() - int(units.padding.sum()))
+
+
+class UnitCalls:
+    """The calls of one block on this process' images, in order; their tensors live in a store.
+
+    Args:
+        store: keeps them.
+        key: of this block in the store.
+    """
+
+    def __init__(self, store: TensorStore, key: str) -> None:
+        self._store, self._key = store, key
+        self._calls: list[UnitCall] = []  # without tensors
+        self._energies: list[float] = []
+        self._sizes: list[int] = []
+
+    def add(self, call: UnitCall) -> None:
+        """Append a call; one without output elements (no RoIs) says nothing and is left out."""
+        if not call.targets.numel():
+            return
+        tensors = (list(call.args), call.kwargs, call.targets, call.grads, call.padding)
+        self._store.put((self._key, len(self._calls)), tensors)
+        self._energies.append(float(call.grads.double().square().sum()))
+        self._sizes.append(call.targets.numel())
+        empty = torch.empty(0)
+        self._calls.append(replace(call, args=(), kwargs={}, targets=empty, grads=empty, padding=empty))
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __getitem__(self, index: int) -> UnitCall:
+        args, kwargs, targets, grads, padding = self._store.get((self._key, index))
+        return replace(
+            self._calls[index], args=tuple(args), kwargs=kwargs, targets=targets, grads=grads, padding=padding
+        )
+
+    def __iter__(self) -> Iterator[UnitCall]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def bytes(self) -> int:
+        """Size of all targets."""
+        return 4 * sum(self._sizes)
+
+    def smallest(self) -> UnitCall:
+        """A call with as few elements as there are."""
+        return self[self._sizes.index(min(self._sizes))]
+
+    def most_important(self, share: float) -> Iterator[UnitCall]:
+        """All calls whose units can be judged apart, and a share of the others: those of largest gradient."""
+        whole = [i for i, call in enumerate(self._calls) if not call.separable]
+        whole.sort(key=lambda i: -self._energies[i])
+        left_out = set(whole[math.ceil(share * len(whole)) :])
+        return (self[index] for index in range(len(self)) if index not in left_out)
+
+    def drop(self) -> None:
+        """Take all calls out of the store."""
+        for index in range(len(self)):
+            self._store.drop((self._key, index))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calls that are evaluated together; call i takes ``lengths[i]`` units of the stack."""
+
+    stacked: UnitCall
+    lengths: tuple[int, ...]
+    calls: tuple[UnitCall, ...]
+
+    def tiles(self) -> Iterator[tuple[int, int, UnitCall]]:
+        """(start, stop, units) of pieces that stay in the cache."""
+        total, elements = self.stacked.targets.shape
+        step = max(1, TILE_ELEMENTS // max(1, elements)) if self.stacked.separable else total
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            yield start, stop, self.stacked.units(start, stop)
+
+
+def batches(calls: Iterable[UnitCall]) -> Iterator[Batch]:
+    """Stack small calls of up to SHARD neighbouring images; big calls stay alone.
+
+    What is stacked depends on the images alone, not on how they are spread over processes.
+    """
+    group: list[UnitCall] = []
+    for call in calls:
+        if group and not _fits(group, call):
+            yield _stack(group)
+            group = []
+        group.append(call)
+    if group:
+        yield _stack(group)
+
+
+def _fits(group: list[UnitCall], call: UnitCall) -> bool:
+    size = sum(c.targets.numel() for c in group) + call.targets.numel()
+    same_shard = group[0].image // SHARD == call.image // SHARD
+    return call.separable and same_shard and size <= TILE_ELEMENTS and group[0].signature == call.signature
+
+
+def _stack(calls: list[UnitCall]) -> Batch:
+    lengths = tuple(len(call.targets) for call in calls)
+    if len(calls) == 1:
+        return Batch(calls[0], lengths, tuple(calls))
+    columns = zip(*(tree_flatten([list(c.args), c.targets, c.grads, c.padding])[0] for c in calls), strict=True)
+    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    args, (targets, grads, padding) = leaves[:-3], leaves[-3:]
+    first = calls[0]
+    stacked = replace(first, args=tuple(args), targets=targets, grads=grads, padding=padding)
+    return Batch(stacked, lengths, tuple(calls))

@@ -1,0 +1,141 @@
+"""Views of mmdet's blocks as independent units: windows of Swin blocks, patches of embeddings, RoIs of heads."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
+from mmdet.models.layers import PatchEmbed, PatchMerging
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.blocks import BlockCall
+from apq_mmdet.calibration.units import View, register_view
+
+SEPARATED = -100.0  # what mmdet adds to the logits of tokens that a shifted window must keep apart
+
+
+@register_view(SwinBlock)
+def windows(block: SwinBlock, call: BlockCall) -> View:
+    """Windows of N tokens, padded, shifted and partitioned as ShiftWindowMSA does."""
+    names = ("x", "hw_shape")
+    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
+    token, region = window_layout(block.attn, height, width)
+    token = token.to(x.device)
+    padded = token == 0  # [n, N]
+
+    def to_windows(t: Tensor) -> Tensor:
+        return F.pad(t[0], (0, 0, 1, 0))[token]  # [n, N, C], zero where padded
+
+    any_padded = bool(padded.any())
+    valid = ~padded if any_padded else None
+    args = (to_windows(x), None if region is None else region.to(x.device), valid)
+    padding = padded.sum(1) * x.shape[-1] if any_padded else None
+    return View(WindowBlock(block), args, to_windows, padding)
+
+
+def window_layout(attention: ShiftWindowMSA, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """Which token stands where in which window.
+
+    Returns:
+        Index + 1 of each window's tokens, 0 for padding, int64 [n, N]; and the regions that a shifted window must
+        keep apart, int64 [n, N], or None without shift.
+    """
+    size, shift = attention.window_size, attention.shift_size
+    rows, columns = height + -height % size, width + -width % size
+    grid = F.pad(
+        torch.arange(1, height * width + 1).view(1, height, width, 1), (0, 0, 0, columns - width, 0, rows - height)
+    )
+    if shift == 0:
+        return attention.window_partition(grid).view(-1, size * size), None
+    token = attention.window_partition(grid.roll((-shift, -shift), (1, 2))).view(-1, size * size)
+    bands = [
+        (torch.arange(n) >= n - size).long() + (torch.arange(n) >= n - shift).long() for n in (rows, columns)
+    ]  # 0, 1, 2 along each side, after the shift
+    region = (3 * bands[0][:, None] + bands[1][None]).view(1, rows, columns, 1)
+    return token, attention.window_partition(region).view(-1, size * size)
+
+
+class WindowBlock(nn.Module):
+    """A SwinBlock on windows that are already cut; shares the block's modules and their names."""
+
+    def __init__(self, block: SwinBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.ffn = block.norm1, block.attn, block.norm2, block.ffn
+        self.mask = RegionMask()
+
+    def forward(self, x: Tensor, region: Tensor | None, valid: Tensor | None) -> Tensor:
+        """x: [n, N, C], zero where padded; region: [n, N] or None; valid: bool [n, N] or None; returns [n, N, C]."""
+        y = self.norm1(x)
+        if valid is not None:
+            y = y * valid.unsqueeze(-1)  # mmdet pads after the norm
+        mask = None if region is None else self.mask(region)
+        x = self.attn.drop(self.attn.w_msa(y, mask)) + x
+        if valid is None:
+            return self.ffn(self.norm2(x), identity=x)
+        tokens = x[valid]  # [t, C]
+        return torch.zeros_like(x).masked_scatter(valid.unsqueeze(-1), self.ffn(self.norm2(tokens), identity=tokens))
+
+
+class RegionMask(nn.Module):
+    """What is added to the logits of tokens of different regions, as a module so that a search computes it once."""
+
+    def forward(self, region: Tensor) -> Tensor:
+        """[n, N] -> [n, N, N]."""
+        return (region.unsqueeze(1) != region.unsqueeze(2)) * SEPARATED
+
+
+@register_view(PatchMerging)
+def merged_patches(block: PatchMerging, call: BlockCall) -> View:
+    """Patches, unfolded: [patches, K]."""
+    names = ("x", "input_size")
+    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
+    grid = x.view(1, height, width, -1).permute(0, 3, 1, 2)
+    grid = block.adap_padding(grid) if block.adap_padding else grid
+    return View(MergedPatches(block), (block.sampler(grid)[0].t().contiguous(),), lambda t: t[0])
+
+
+class MergedPatches(nn.Module):
+    """A PatchMerging on patches that are already cut; shares its modules and their names."""
+
+    def __init__(self, block: PatchMerging) -> None:
+        super().__init__()
+        self.norm, self.reduction = block.norm, block.reduction
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[patches, K] -> [patches, C]."""
+        return self.reduction(self.norm(x) if self.norm else x)
+
+
+@register_view(PatchEmbed)
+def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
+    """Patches of the image: [patches, 3, kH, kW]."""
+    (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
+    x = block.adap_padding(x) if block.adap_padding else x
+    conv = block.projection
+    if any(conv.padding) or any(d != 1 for d in conv.dilation):
+        return None
+    patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0].t()
+    patches = patches.reshape(-1, conv.in_channels, *conv.kernel_size)
+    return View(EmbeddedPatches(block), (patches,), lambda t: t[0])
+
+
+class EmbeddedPatches(nn.Module):
+    """A PatchEmbed on patches that are already cut; shares its modules and their names."""
+
+    def __init__(self, block: PatchEmbed) -> None:
+        super().__init__()
+        self.projection, self.norm = block.projection, block.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[patches, 3, kH, kW] -> [patches, C]."""
+        x = self.projection(x).flatten(1)
+        return self.norm(x) if self.norm is not None else x
+
+
+@register_view(BBoxHead, FCNMaskHead)
+def rois(block: nn.Module, call: BlockCall) -> View:
+    """RoIs are independent as they are."""
+    args: tuple[Any, ...] = (*call.args, *call.kwargs.values())
+    return View(block, args, lambda t: t)

@@ -1,0 +1,47 @@
+import torch
+
+from apq_mmdet.calibration.store import CaptureStore, TensorStore
+
+
+def tree(value):
+    return {"a": (torch.full((100,), value), None, 7), "b": [torch.zeros(3)]}
+
+
+def test_beyond_its_memory_it_goes_to_disk_and_comes_back(tmp_path):
+    with TensorStore(tmp_path, memory=1000) as store:
+        for key in range(5):
+            store.put(key, tree(float(key)))
+        files = list(tmp_path.glob("apq_capture_*/*"))
+        assert len(files) == 3  # two trees of 412 bytes fit
+        for key in range(5):
+            got = store.get(key)
+            assert torch.equal(got["a"][0], torch.full((100,), float(key)))
+            assert got["a"][1:] == (None, 7)
+        store.drop(0)
+        store.drop(3)
+        assert len(list(tmp_path.glob("apq_capture_*/*"))) == 2
+        store.put("new", tree(9.0))  # takes the memory that was given back
+        assert len(list(tmp_path.glob("apq_capture_*/*"))) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_is_a_copy():
+    for memory in (0, 1000):
+        with TensorStore(memory=memory) as store:
+            t = torch.ones(4)
+            store.put("t", [t])
+            t.zero_()
+            assert store.get("t")[0].tolist() == [1, 1, 1, 1]
+
+
+def test_calls_come_back_in_the_order_of_the_images_once():
+    with CaptureStore(memory=10**6) as store:
+        for image in (2, 0, 1):
+            x = torch.full((1, 2), float(image))
+            store.add_call("b", image, (x,), {"k": 3}, (x + 1, (1, 2)))
+            store.add_grads("b", image, 0, [x * 2])
+        calls = list(store.take_calls("b"))
+        assert [c.image for c in calls] == [0, 1, 2]
+        assert calls[2].outputs[0].tolist() == [[3, 3]]
+        assert calls[2].grads[0].tolist() == [[4, 4]]
+        assert calls[2].kwargs == {"k": 3}

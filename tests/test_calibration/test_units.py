@@ -1,0 +1,103 @@
+import pytest
+import torch
+from helpers import build_swin, recipe
+from mmdet.models.layers import PatchEmbed, PatchMerging
+from torch import nn
+
+from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
+from apq_mmdet.calibration.store import TensorStore
+from apq_mmdet.calibration.units import TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units
+from apq_mmdet.layers import float_only, quantize_model
+
+
+def block_call(block, args, image=0):
+    with torch.no_grad():
+        output = tensors_of(block(*args))[0]
+    return BlockCall(args, {}, [output], [torch.randn_like(output)], image)
+
+
+def swin_block(index):
+    swin = build_swin()
+    quantize_model(swin, recipe("minmax").policy)
+    return list(partition(swin).values())[1 + index]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
+@pytest.mark.parametrize("shape", [(14, 21), (13, 9), (7, 7), (3, 5)])
+def test_windows_give_the_output_of_the_block(index, shape):
+    block = swin_block(index)
+    with float_only(block), torch.no_grad():
+        call = block_call(block, (torch.randn(1, shape[0] * shape[1], 8), shape))
+        view, units = to_units(block, call)
+        got = rows_of([view(*units.args)], len(units.targets))
+        assert torch.allclose(got, units.targets, atol=1e-5)
+        assert units.elements == call.outputs[0].numel() == units.targets.numel() - int(units.padding.sum())
+        energy = units.grads.square().sum(1)
+        assert torch.equal(energy, energy.sort(descending=True).values)
+        assert float(units.grads.square().sum()) == pytest.approx(float(call.grads[0].square().sum()), rel=1e-5)
+
+
+def test_the_mask_of_shifted_windows_matters():
+    """Fails if regions are kept apart wrongly or not at all."""
+    block = swin_block(1)
+    with float_only(block), torch.no_grad():
+        view, units = to_units(block, block_call(block, (torch.randn(1, 14 * 14, 8), (14, 14))))
+        x, region, valid = units.args
+        assert len(region.unique()) == 9
+        together = rows_of([view(x, torch.zeros_like(region), valid)], len(units.targets))
+        assert not torch.allclose(together, units.targets, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("block", "args"),
+    [
+        (PatchMerging(8, 16), (torch.randn(1, 13 * 9, 8), (13, 9))),
+        (PatchEmbed(3, 8, kernel_size=4, stride=4, norm_cfg=dict(type="LN")), (torch.randn(1, 3, 33, 42),)),
+        (PatchEmbed(3, 8, kernel_size=3, stride=2, padding=1), (torch.randn(1, 3, 32, 32),)),  # patches overlap
+    ],
+)
+def test_patches_give_the_output_of_the_block(block, args):
+    with torch.no_grad():
+        call = block_call(block, args)
+        view, units = to_units(block, call)
+        got = rows_of(tensors_of(view(*units.args)), len(units.targets))
+    assert torch.allclose(got, units.targets, atol=1e-5)
+    assert units.separable == (block.__class__ is PatchMerging or not any(block.projection.padding))
+
+
+def test_batches_stack_neighbouring_images_and_keep_them_apart():
+    block = swin_block(0)
+    calls = UnitCalls(TensorStore(memory=2**20), "b")
+    with float_only(block):
+        for image, side in enumerate((14, 14, 21, 21, 14, 14)):
+            calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image))[1])
+    found = list(batches(calls))
+    assert [[c.image for c in b.calls] for b in found] == [[0, 1, 2, 3], [4, 5]]  # never across shards of four
+    assert found[0].lengths == (4, 4, 9, 9)
+    start = 0
+    for call, length in zip(found[0].calls, found[0].lengths, strict=True):
+        assert torch.equal(found[0].stacked.targets[start : start + length], call.targets)
+        assert torch.equal(found[0].stacked.args[0][start : start + length], call.args[0])
+        start += length
+    covered = [(start, stop) for start, stop, _ in found[0].tiles()]
+    assert covered[0][0] == 0
+    assert covered[-1][1] == 26
+    assert all(b.stacked.targets.numel() <= TILE_ELEMENTS for b in found)
+
+
+def test_whole_calls_are_screened_by_their_gradients():
+    block = nn.Conv2d(1, 1, 3)
+    calls = UnitCalls(TensorStore(), "b")
+    for image, size in enumerate((1.0, 5.0, 3.0)):
+        x = torch.randn(1, 1, 5, 5)
+        calls.add(to_units(block, BlockCall((x,), {}, [x], [size * torch.ones_like(x)], image))[1])
+    assert [c.image for c in calls.most_important(0.3)] == [1]
+    assert [c.image for c in calls.most_important(0.5)] == [1, 2]
+    assert [c.image for c in calls.most_important(1.0)] == [0, 1, 2]
+
+
+def test_empty_calls_say_nothing():
+    calls = UnitCalls(TensorStore(), "b")
+    x = torch.zeros(0, 4)
+    calls.add(to_units(nn.Linear(4, 4), BlockCall((x,), {}, [x], [x], 0))[1])
+    assert len(calls) == 0
