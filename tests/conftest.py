@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+import socket
 
 # one thread in this process and in those it starts: results are compared bit by bit, and threads of several
 # processes would fight for the cores
@@ -21,3 +22,11 @@ def _seed():
 @pytest.fixture
 def swin() -> SwinTransformer:
     return build_swin()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import partition, watch_blocks
+from apq_mmdet.calibration.distributed import gather, is_first, own_images
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.sampling import sample_call
@@ -71,12 +72,15 @@ def calibrate(
 ) -> CalibrationReport:
     """Find the parameters of all quantizers of a model that ``quantize_model`` converted.
 
+    In a distributed run every process calls this with the same arguments, works on its own images, and gets the same
+    result, which is that of one process.
+
     Args:
         model: quantized model with its float weights loaded; evaluated in eval mode.
         samples: calibration samples in the form that the task takes; each is used as one image.
         recipe: what to search and how.
         task: runs the model and gives the distillation loss; by default the model is called on each sample.
-        states: keeps finished blocks; those already kept are not searched again.
+        states: keeps finished blocks; those already kept are not searched again. Only that of the first process counts.
         seed: of the random samplers of the fast recipes.
         capture_dir: existing folder for captured activations, which are deleted in the end; None takes the system's
             temporary folder.
@@ -102,8 +106,7 @@ def calibrate(
                 quantizer.set_range_factor(1.0)
             reports: list[BlockReport] = []
             if recipe.search is not None:
-                with tqdm(total=len(samples), desc="gradients", unit="image") as bar:
-                    capture_gradients(model, blocks, samples, task, store, bar.update)
+                capture_gradients(model, blocks, samples, task, store)
                 reports = _search_blocks(model, blocks, samples, recipe.search, task, store, states, seed)
     finally:
         model.train(was_training)
@@ -118,13 +121,13 @@ def _float_pass(
     store: CaptureStore,
 ) -> None:
     """Observe every activation range; record every block call and the teacher's outputs of each sample."""
-    for image, sample in enumerate(tqdm(samples, desc="float pass", unit="image")):
+    for image in tqdm(own_images(len(samples)), desc="float pass", unit="image", disable=not is_first()):
 
         def see(name: str, args: tuple, kwargs: dict, output: Any, image: int = image) -> None:
             store.add_call(name, image, args, kwargs, output)
 
         with quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE), watch_blocks(blocks, see):
-            teacher = task.teacher(model, sample)
+            teacher = task.teacher(model, samples[image])
         if blocks:
             store.put(("teacher", image), teacher)
     for _, layer in quantized_layers(model):
@@ -132,6 +135,18 @@ def _float_pass(
             quantizer = layer.quantizers["weight"]
             quantizer.observed = None
             quantizer.observe(layer.weight)
+    _share_ranges(model)
+
+
+def _share_ranges(model: nn.Module) -> None:
+    """Widen every observed range to what all processes saw."""
+    quantizers = quantizers_of(model)
+    ranges = [None if q.observed is None else [t.cpu() for t in q.observed] for q in quantizers]
+    for quantizer, *seen in zip(quantizers, *gather(ranges), strict=True):
+        device = quantizer.scale.device
+        lows, highs = ([r[end] for r in seen if r is not None] for end in (0, 1))
+        if lows:
+            quantizer.observed = (torch.stack(lows).amin(0).to(device), torch.stack(highs).amax(0).to(device))
 
 
 def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:
@@ -175,13 +190,13 @@ def _search_blocks(
     states: BlockStates | None,
     seed: int,
 ) -> list[BlockReport]:
-    order = store.blocks
+    order = list(dict.fromkeys(name for names in gather(store.blocks) for name in names))
     slots = {name: search.rounds * len(quantizers_of(blocks[name])) for name in order}
     reports = []
-    with tqdm(total=sum(slots.values()), desc="search", unit="range", smoothing=0.05) as bar:
+    with tqdm(total=sum(slots.values()), desc="search", unit="range", smoothing=0.05, disable=not is_first()) as bar:
         for position, name in enumerate(order):
             start, done = time.perf_counter(), bar.n
-            kept = states.load(name) if states is not None else None
+            kept = gather(states.load(name) if states is not None else None)[0]
             if kept is not None:
                 _load_quantizers(blocks[name], kept["state"])
                 reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
@@ -209,7 +224,7 @@ def _search_one(
                 call = sample_call(block, call, search, seed)
         module, units = to_units(block, call)
         calls.add(units)
-    if not len(calls):
+    if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
 
     def tick(slot: str) -> None:
@@ -232,14 +247,14 @@ def _recapture_inputs(
     """Exchange the float inputs of the first remaining block by those that the quantized blocks before it give."""
     name = remaining[0]
     still_float = [q for later in remaining for q in quantizers_of(blocks[later])]
-    for image, sample in enumerate(samples):
+    for image in own_images(len(samples)):
         inputs: list[tuple[tuple, dict]] = []
 
         def see(_: str, args: tuple, kwargs: dict, output: Any, inputs: list = inputs) -> None:
             inputs.append((args, kwargs))
 
         with quantizer_mode(still_float, QuantizerMode.FLOAT), watch_blocks({name: blocks[name]}, see):
-            task.student(model, sample, store.get(("teacher", image))[1])
+            task.student(model, samples[image], store.get(("teacher", image))[1])
         for index, (args, kwargs) in enumerate(inputs):
             store.replace_input(name, image, index, args, kwargs)
 

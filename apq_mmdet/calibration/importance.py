@@ -6,15 +6,17 @@ a gradient that is zero or not finite, is refused.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
+from apq_mmdet.calibration.distributed import gather, is_first, own_images
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import CalibrationError
 
@@ -74,13 +76,11 @@ def capture_gradients(
     samples: Sequence[Any],
     task: CalibrationTask,
     store: CaptureStore,
-    tick: Callable[[], None],
 ) -> None:
     """One disturbed pass with its backward per image; the gradients of all block outputs go to ``store``.
 
     Args:
         store: holds (outputs, context) of each sample from the float pass, and takes the gradients.
-        tick: called after each image.
 
     Raises:
         CalibrationError: see the module's docstring.
@@ -90,16 +90,16 @@ def capture_gradients(
         parameter.requires_grad_(False)
     seen: dict[str, bool] = dict.fromkeys(store.blocks, False)
     try:
-        for image, sample in enumerate(samples):
+        for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_first()):
             teacher, context = store.get(("teacher", image))
-            for (name, index), grads in _gradients(model, blocks, sample, task, teacher, context).items():
+            for (name, index), grads in _gradients(model, blocks, samples[image], task, teacher, context).items():
                 seen[name] |= any(bool(g.any()) for g in grads)
                 store.add_grads(name, image, index, grads)
-            tick()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    silent = [name for name, found in seen.items() if not found]
+    loud = {name for part in gather(seen) for name, found in part.items() if found}
+    silent = [name for part in gather(store.blocks) for name in part if name not in loud]
     if silent:
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "

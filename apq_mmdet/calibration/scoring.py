@@ -1,11 +1,14 @@
 """Errors of candidate ranges over all images, and the exact choice of the best one from few full evaluations."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective
 from apq_mmdet.calibration.replay import reuse_prefix
 from apq_mmdet.calibration.units import Batch, UnitCall, batches, rows_of
@@ -14,6 +17,7 @@ from apq_mmdet.layers.base import QuantizedLayer
 
 SCREENS = (0.05, 0.3)  # shares of a call's units, the most important ones, on which the candidates are screened
 TOGETHER = 8  # candidates that are evaluated in full before the others are compared with the best so far
+WORTHWHILE = 0.6  # a screening that leaves more than this share of the candidates costs more than it spares
 ROUNDING = 1e-3  # relative; sums over differently cut tiles differ by far less
 BUFFER_ELEMENTS = 2**26  # of the errors that are held at once, 256 MiB
 
@@ -45,11 +49,12 @@ def candidate_errors(
 
 
 def sum_by_image(columns: list[tuple[int, Tensor]], candidates: int) -> Tensor:
-    """Sum of the columns [candidates] of all calls in the order of their images, float64 [candidates]."""
-    total = torch.zeros(candidates, dtype=torch.float64)
-    for _, column in sorted(columns, key=lambda pair: pair[0]):
-        total += column.cpu()
-    return total
+    """Sum of the columns [candidates] of all calls of all processes in the order of their images, float64."""
+    own = [(image, column.cpu().numpy()) for image, column in columns]
+    total = np.zeros(candidates)
+    for _, column in sorted((c for part in gather(own) for c in part), key=lambda pair: pair[0]):
+        total += column
+    return torch.from_numpy(total)
 
 
 def _batch_errors(
@@ -79,10 +84,23 @@ def _batch_errors(
     return torch.stack(per_call, 1)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The best candidate, and the share of the candidates that a screening left (1 without one)."""
+
+    best: int
+    left: float
+
+
 def best_candidate(
-    errors: Callable[[list[int], float], Tensor], number: int, eliminate: float, incumbent: int | None, name: str
-) -> int:
-    """Index of the candidate of least error, the first one where several tie; exact.
+    errors: Callable[[list[int], float], Tensor],
+    number: int,
+    eliminate: float,
+    incumbent: int | None,
+    name: str,
+    screen: bool = True,
+) -> Choice:
+    """The candidate of least error, the first one where several tie; exact.
 
     Errors are sums of non-negative terms. So what the most important units alone add up to is a lower bound, and a
     candidate whose bound exceeds the full error of another one is out (early abandoning).
@@ -93,6 +111,7 @@ def best_candidate(
         eliminate: share of an image's elements that the objective drops, whichever they are.
         incumbent: candidate that was best before, or None.
         name: of the quantizer, for the error.
+        screen: whether screening is likely to pay; without effect on the result.
 
     Raises:
         CalibrationError: the error of every candidate is NaN or infinite.
@@ -109,7 +128,8 @@ def best_candidate(
         left = [c for c in range(number) if c not in full and float(bounds[c]) * (1 - ROUNDING) <= least]
         return sorted(left, key=lambda c: float(bounds[c]))
 
-    if number > TOGETHER:
+    survived = 1.0
+    if screen and number > TOGETHER:
         if incumbent is not None:
             evaluate([incumbent])
         # a screen that is not well above the share that may be dropped bounds nothing
@@ -118,9 +138,12 @@ def best_candidate(
             bounds[left] = errors(left, share)
             if not full:
                 evaluate(alive()[:1])
+        survived = len(alive()) / number
+    together = TOGETHER if survived < 1 else number
     while left := alive():
-        evaluate(left[:TOGETHER])
+        evaluate(left[:together])
+        together *= 4
     least = min(full.values(), default=float("inf"))
     if least == float("inf"):
         raise CalibrationError(f"{name}: the error of every candidate range is NaN or infinite")
-    return min(c for c, error in full.items() if error == least)
+    return Choice(min(c for c, error in full.items() if error == least), survived)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls
-from apq_mmdet.calibration.scoring import best_candidate, candidate_errors, sum_by_image
+from apq_mmdet.calibration.scoring import WORTHWHILE, best_candidate, candidate_errors, sum_by_image
 from apq_mmdet.calibration.units import UnitCall, UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
@@ -23,7 +24,7 @@ class Slot:
     """One quantizer's place in the search order, and what its last search found.
 
     ``searched_at`` is the number of changes that the block had seen then: where it has not moved since, searching
-    again could only find the same.
+    again could only find the same. ``left`` is the share of the candidates that its last screening left.
     """
 
     layer_name: str
@@ -31,6 +32,7 @@ class Slot:
     role: str
     factor: float = 1.0
     searched_at: int = -1
+    left: float | None = None
 
     @property
     def quantizer(self) -> Quantizer:
@@ -70,7 +72,7 @@ def search_block(
     for quantizer in quantizers_of(module):
         quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.FLOAT
-    changes = 0
+    changes, previous = 0, slots[0]
     for _ in range(search.rounds):
         settled = True
         for slot in slots:
@@ -82,7 +84,8 @@ def search_block(
                 continue
             settled = False
             with fixed_weights(module, slot.layer, slot.role):
-                before, slot.factor = slot.factor, _best_factor(errors, slot, search)
+                before, slot.factor = slot.factor, _best_factor(errors, slot, search, previous.left)
+            previous = slot
             slot.quantizer.set_range_factor(slot.factor)
             # a change of its own does not make a slot's result stale
             changes += slot.factor != before
@@ -94,7 +97,8 @@ def search_block(
     return {slot.name: slot.factor for slot in slots}
 
 
-def _best_factor(errors: "SlotErrors", slot: Slot, search: SearchConfig) -> float:
+def _best_factor(errors: "SlotErrors", slot: Slot, search: SearchConfig, neighbours: float | None) -> float:
+    """The best factor; ``neighbours`` is what a screening left at the slot before, a guess where it is the first."""
     factors = search.factors(slot.layer.kind, slot.quantizer.min_factor)
     at_module = search.metric == "module"
     if not at_module and 0 < search.shortlist < len(factors):
@@ -108,7 +112,12 @@ def _best_factor(errors: "SlotErrors", slot: Slot, search: SearchConfig) -> floa
             return errors.at_module(slot, chosen, share, errors.objective)
         return errors.at_block(slot, chosen, share)
 
-    return factors[best_candidate(evaluate, len(factors), errors.objective.eliminate, incumbent, slot.name)]
+    expected = neighbours if slot.left is None else slot.left
+    screen = expected is None or expected <= WORTHWHILE
+    eliminate = errors.objective.eliminate
+    choice = best_candidate(evaluate, len(factors), eliminate, incumbent, slot.name, screen)
+    slot.left = choice.left if screen else expected
+    return factors[choice.best]
 
 
 class SlotErrors:
@@ -150,17 +159,26 @@ class SlotErrors:
 
 def _slots(module: nn.Module, calls: UnitCalls, order: str) -> list[Slot]:
     """The block's quantizers in search order: layers by execution, within a layer by role."""
-    executed: list[nn.Module] = []
-    layers = {layer: name for name, layer in quantized_layers(module)}
-    call = calls.smallest()
-    handles = [layer.register_forward_pre_hook(lambda m, _: executed.append(m)) for layer in layers]
+    layers = dict(quantized_layers(module))
+    executed: list[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: executed.append(name)) for name, layer in layers.items()
+    ]
     try:
-        with float_only(module):
-            module(*call.args, **call.kwargs)
+        if len(calls):
+            call = calls.smallest()
+            with float_only(module):
+                module(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    ordered = list(dict.fromkeys(executed))
+    found = next(names for names in gather(executed) if names)  # a process may have no call of this block
+    ordered = list(dict.fromkeys(found))
     if order == "backward":
         ordered.reverse()
-    return [Slot(layers[m], m, role) for m in ordered for role in m.roles if role in m.quantizers]
+    return [
+        Slot(name, layers[name], role)
+        for name in ordered
+        for role in layers[name].roles
+        if role in layers[name].quantizers
+    ]

@@ -113,7 +113,7 @@ class CaptureStore(TensorStore):
 
     def take_calls(self, block: str) -> Iterator[BlockCall]:
         """The captured calls of a block in the order of the images; each is forgotten once it was taken."""
-        for image, index in sorted(self._calls[block]):
+        for image, index in sorted(self._calls.get(block, [])):
             args, kwargs = self.get((block, image, index, "input"))
             outputs, grads = (self.get((block, image, index, part)) for part in ("output", "grads"))
             yield BlockCall(tuple(args), kwargs, outputs, grads, image)

@@ -17,7 +17,7 @@ from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.store import TensorStore
 
 TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
-SHARD = 4  # images whose small calls share a tile; the least number of images that a process is given
+SHARD = 8  # images whose small calls share a tile; the least number of images that a process is given
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from apq_mmdet.engine.quantized_config import quantized_config, read_config, wit
 from apq_mmdet.errors import BadInputError, CalibrationError, CheckpointError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
 
-LONGEST_CALIBRATION = 7 * 24 * 3600  # seconds that waiting processes allow the first one
+LONGEST_WAIT = 2 * 3600  # seconds that a process waits for the others
+# variables by which each launcher tells a process its rank, the number of processes, and its rank on its node
+LAUNCHER_VARIABLES = {
+    "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+LAUNCHER_COMMANDS = {"pytorch": "torchrun", "slurm": "srun", "mpi": "mpirun"}
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 EPILOG = """
@@ -30,6 +37,8 @@ examples:
     python tools/quantize_det.py CONFIG CHECKPOINT --scope detector --calib-dir IMAGES --no-eval --work-dir DIR
   leave a layer float (any key of the quant dict can be set):
     ... --cfg-options model.quant.overrides.mine.pattern='*.fc_cls' model.quant.overrides.mine.float=True
+  two processes, each with half of the images; the result is the same:
+    torchrun --nproc-per-node 2 tools/quantize_det.py CONFIG CHECKPOINT --launcher pytorch --work-dir DIR
   afterwards, with mmdet's own unmodified tool:
     python <mmdet>/tools/test.py DIR/config.py DIR/quantized.pth
 
@@ -59,7 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--seed", type=int, default=0, help="chooses the calibration images (default: 0)")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="job launcher")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add(
+        "--memory-budget",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="memory that calibration may take above the "
+        "model's own, for each process; what does not fit goes to the work dir (default: 4)",
+    )
     add("--resume", action="store_true", help="go on with a killed run of the same command")
     add("--no-eval", action="store_true", help="do not measure the quantized model")
     add("--eval-float", action="store_true", help="measure the float model too")
@@ -97,6 +114,7 @@ def build_config(args: argparse.Namespace) -> Config:
         evaluate=not args.no_eval,
         eval_float=args.eval_float,
         resume=args.resume,
+        memory_budget=int(args.memory_budget * 2**30),
     )
 
 
@@ -116,26 +134,31 @@ def choose_device(device: str | None) -> None:
 
 
 def prepare_launcher(cfg: Config) -> None:
-    """Let several processes evaluate together while the first one calibrates; the others wait for it.
+    """Let several processes calibrate and evaluate together.
 
     mmengine starts process groups with CUDA only. On a CPU the group is made here, and the model wrapped without
     devices.
 
     Raises:
-        BadInputError: slurm or mpi without CUDA.
+        BadInputError: the process was not started by the launcher.
     """
     if cfg.launcher == "none":
         return
+    names = LAUNCHER_VARIABLES[cfg.launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        starter = LAUNCHER_COMMANDS[cfg.launcher]
+        raise BadInputError(f"--launcher {cfg.launcher}: {missing[0]} is not set; start the command with {starter}")
     if get_device() != "cpu":
-        dist_cfg = {**cfg.get("env_cfg", {}).get("dist_cfg", dict(backend="nccl")), "timeout": LONGEST_CALIBRATION}
+        dist_cfg = {**cfg.get("env_cfg", {}).get("dist_cfg", dict(backend="nccl")), "timeout": LONGEST_WAIT}
         cfg.env_cfg = {**cfg.get("env_cfg", {}), "dist_cfg": dist_cfg}
         return
-    if cfg.launcher != "pytorch":
-        raise BadInputError(f"--launcher {cfg.launcher} needs CUDA; on CPUs use torchrun and --launcher pytorch")
-    if "RANK" not in os.environ:
-        raise BadInputError("--launcher pytorch: start the command with torchrun")
+    for name, given in zip(LAUNCHER_VARIABLES["pytorch"], names, strict=True):
+        os.environ[name] = os.environ[given]
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # of several nodes the user has to say which is the first
+    os.environ.setdefault("MASTER_PORT", "29500")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=LONGEST_CALIBRATION))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=LONGEST_WAIT))
     cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
 
 
@@ -166,7 +189,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = build_parser().parse_args(argv)
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.local_rank is not None:  # how old launchers tell it
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
         run(args)
     except BadInputError as error:

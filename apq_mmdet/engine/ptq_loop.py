@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast, broadcast_object_list, is_main_process
+from mmengine.dist import barrier, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop
 
 import apq_mmdet
-from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate
+from apq_mmdet.calibration.calibrator import MEMORY_BUDGET, CalibrationReport, calibrate
 from apq_mmdet.datasets.calibration import (
     CalibrationImages,
     calibration_from_config,
@@ -24,11 +24,12 @@ from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
 from apq_mmdet.engine.quantized_config import standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic
-from apq_mmdet.layers import float_only, quantizers_of
-from apq_mmdet.layers.convert import leave_float
+from apq_mmdet.layers import float_only
 from apq_mmdet.models.distillation import NeckTask, detection_task
 from apq_mmdet.registry import LOOPS
 from apq_mmdet.report import render_table, write_report
+
+STATES = "calibration"  # folder in the work dir for finished blocks and captured activations
 
 
 @LOOPS.register_module()
@@ -44,6 +45,7 @@ class PTQLoop(TestLoop):
         evaluate: measure the quantized model.
         eval_float: measure the float model as well.
         resume: go on with a killed calibration.
+        memory_budget: bytes that calibration may take above the model's own; what does not fit goes to the work dir.
     """
 
     def __init__(
@@ -58,12 +60,13 @@ class PTQLoop(TestLoop):
         evaluate: bool = True,
         eval_float: bool = False,
         resume: bool = False,
+        memory_budget: int = MEMORY_BUDGET,
         fp16: bool = False,
     ) -> None:
         self._runner = runner
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self.seed, self.evaluate, self.eval_float = seed, evaluate, eval_float
-        self.checkpoint = checkpoint
+        self.checkpoint, self.memory_budget = checkpoint, memory_budget
         self.float_meta = load_float_weights(self.model, checkpoint)
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
@@ -79,7 +82,8 @@ class PTQLoop(TestLoop):
         self.states = None
         if is_main_process():
             conditions = {**self.run_description, **self._describe_conditions()}
-            self.states = BlockStatesOnDisk(self.work_dir / "calibration", conditions, resume)
+            self.states = BlockStatesOnDisk(self.work_dir / STATES, conditions, resume)
+        barrier()  # the folder is there, and clean
 
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
         try:
@@ -159,28 +163,17 @@ class PTQLoop(TestLoop):
             )
         return metrics or {}
 
-    def _calibrate(self) -> CalibrationReport | None:
-        """Calibrate in the first process and hand the result to the others, which return None."""
-        report = None
-        if is_main_process():
-            report = calibrate(
-                self.model,
-                self.images,
-                self.model.recipe,
-                self.task,
-                self.states,
-                self.seed,
-                capture_dir=self.states.folder,
-            )
-        left_float = [report.left_float if report else None]
-        broadcast_object_list(left_float)
-        if report is None:
-            leave_float(self.model, left_float[0])
-        for quantizer in quantizers_of(self.model):
-            broadcast(quantizer.scale)
-            broadcast(quantizer.zero_point)
-            quantizer.calibrated.fill_(True)
-        return report
+    def _calibrate(self) -> CalibrationReport:
+        return calibrate(
+            self.model,
+            self.images,
+            self.model.recipe,
+            self.task,
+            self.states,
+            self.seed,
+            capture_dir=self.work_dir / STATES,
+            memory_budget=self.memory_budget,
+        )
 
     def _save(self, report: CalibrationReport) -> None:
         meta: dict[str, Any] = {"apq_mmdet": self.run_description}

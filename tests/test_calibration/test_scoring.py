@@ -24,27 +24,28 @@ def test_exact_whatever_the_bounds_say(incumbent, important):
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         errors = torch.rand(100, generator=generator).add(1).tolist()
-        got = best_candidate(Errors(errors, important), 100, 0.1, incumbent, "layer")
-        assert got == errors.index(min(errors))
+        for screen in (True, False):
+            got = best_candidate(Errors(errors, important), 100, 0.1, incumbent, "layer", screen)
+            assert got.best == errors.index(min(errors))
 
 
 def test_screening_spares_full_evaluations():
     curve = [1 + ((i - 40) / 20) ** 2 for i in range(100)]
     screened, unscreened = Errors(curve), Errors(curve)
-    assert best_candidate(screened, 100, 0.1, None, "layer") == 40
-    assert best_candidate(unscreened, 100, 0.5, None, "layer") == 40  # half is dropped: nothing can be screened
+    assert best_candidate(screened, 100, 0.1, None, "layer").best == 40
+    assert best_candidate(unscreened, 100, 0.5, None, "layer").best == 40  # half is dropped: nothing can be screened
     assert screened.cost < 0.6 * unscreened.cost
     assert unscreened.cost == 100
 
 
 def test_the_first_of_several_that_tie():
-    assert best_candidate(Errors([2.0] * 30 + [1.0] * 20), 50, 0.1, 45, "layer") == 30
-    assert best_candidate(Errors([2.0, 1.0, 1.0]), 3, 0.1, None, "layer") == 1
+    assert best_candidate(Errors([2.0] * 30 + [1.0] * 20), 50, 0.1, 45, "layer").best == 30
+    assert best_candidate(Errors([2.0, 1.0, 1.0]), 3, 0.1, None, "layer").best == 1
     assert TOGETHER > 3
 
 
 def test_nan_is_never_best_and_all_nan_is_an_error():
     nan = float("nan")
-    assert best_candidate(Errors([nan] * 20 + [3.0] + [nan] * 20), 41, 0.1, 5, "layer") == 20
+    assert best_candidate(Errors([nan] * 20 + [3.0] + [nan] * 20), 41, 0.1, 5, "layer").best == 20
     with pytest.raises(CalibrationError, match="layer: the error of every candidate"):
         best_candidate(Errors([nan] * 41), 41, 0.1, None, "layer")

@@ -101,9 +101,10 @@ def test_same_choices_as_the_plain_formula_in_float64(index, order, recipe_name,
     block, calls = prepared(index, settings)
     decisions = []
 
-    def note(errors, number, eliminate, incumbent, name):
-        decisions.append((name, best_candidate(errors, number, eliminate, incumbent, name)))
-        return decisions[-1][1]
+    def note(*args):
+        choice = best_candidate(*args)
+        decisions.append((args[4], choice.best))
+        return choice
 
     monkeypatch.setattr("apq_mmdet.calibration.search.best_candidate", note)
     got = search(block, calls, settings.search)

@@ -6,7 +6,7 @@ from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units
+from apq_mmdet.calibration.units import SHARD, TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units
 from apq_mmdet.layers import float_only, quantize_model
 
 
@@ -69,10 +69,10 @@ def test_batches_stack_neighbouring_images_and_keep_them_apart():
     block = swin_block(0)
     calls = UnitCalls(TensorStore(memory=2**20), "b")
     with float_only(block):
-        for image, side in enumerate((14, 14, 21, 21, 14, 14)):
+        for image, side in zip((0, 1, 2, 3, SHARD, SHARD + 1), (14, 14, 21, 21, 14, 14), strict=True):
             calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image))[1])
     found = list(batches(calls))
-    assert [[c.image for c in b.calls] for b in found] == [[0, 1, 2, 3], [4, 5]]  # never across shards of four
+    assert [[c.image for c in b.calls] for b in found] == [[0, 1, 2, 3], [SHARD, SHARD + 1]]
     assert found[0].lengths == (4, 4, 9, 9)
     start = 0
     for call, length in zip(found[0].calls, found[0].lengths, strict=True):

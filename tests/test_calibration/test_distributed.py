@@ -1,0 +1,74 @@
+"""Real processes (gloo): the result must not depend on their number."""
+
+import os
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import build_swin, recipe, short_grids
+from torch import distributed
+
+from apq_mmdet.calibration import calibrate
+from apq_mmdet.calibration.distributed import own_images
+from apq_mmdet.calibration.units import SHARD
+from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers import packed_state_dict, quantize_model
+
+IMAGES = 2 * SHARD + 2  # three shards
+
+
+def calibrated(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    settings = recipe(name, search=dict(grids=short_grids(9), rounds=1))
+    model = build_swin()
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(1, 3, 29, 21 + 8 * (i % 2)) for i in range(IMAGES)], settings)
+    return packed_state_dict(model)
+
+
+def join(rank: int, processes: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+
+
+def work(rank: int, processes: int, port: int, folder: str) -> None:
+    join(rank, processes, port)
+    images = own_images(IMAGES)
+    torch.save([images, {name: calibrated(name) for name in ("apq", "apq_fast")}], f"{folder}/{rank}.pth")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: calibrated(name) for name in ("apq", "apq_fast")}
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_gives_the_same_bits(processes, alone, tmp_path, free_port):
+    mp.spawn(work, (processes, free_port, str(tmp_path)), nprocs=processes)
+    results = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(processes)]
+    assert sorted(image for images, _ in results for image in images) == list(range(IMAGES))
+    assert sum(bool(images) for images, _ in results) == min(processes, 3)  # the fourth has no image and follows
+    for name, want in alone.items():
+        for _, states in results:
+            assert all(torch.equal(want[key], states[name][key]) for key in want)
+
+
+def die(rank: int, processes: int, port: int, folder: str) -> None:
+    join(rank, processes, port)
+    if rank == 1:
+        os._exit(1)
+    with pytest.raises(CalibrationError, match=r"another process of this calibration has died.*--resume"):
+        calibrated("apq")
+    open(f"{folder}/told", "w").close()
+
+
+def test_a_dead_process_ends_the_others_with_a_message(tmp_path, free_port):
+    context = mp.get_context("spawn")
+    children = [context.Process(target=die, args=(rank, 2, free_port, str(tmp_path))) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert (tmp_path / "told").exists()
+    assert children[1].exitcode == 1
