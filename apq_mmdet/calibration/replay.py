@@ -133,19 +133,27 @@ def layer_calls(
     outputs = [layer_output for _, _, layer_output in seen]
     grads = torch.autograd.grad(output, outputs, grad_outputs=call.grads, allow_unused=True)
     return [
-        (layer, _layer_call(args, output.detach(), grad, call))
+        (layer, _layer_call(layer, args, output.detach(), grad, call.image))
         for (layer, args, output), grad in zip(seen, grads, strict=True)
     ]
 
 
-def _layer_call(args: tuple[Any, ...], output: Tensor, grad: Tensor | None, call: UnitCall) -> UnitCall:
-    """The entries of a layer's first axis are its units: every kind of layer treats them apart."""
+def _layer_call(
+    layer: QuantizedLayer, args: tuple[Any, ...], output: Tensor, grad: Tensor | None, image: int
+) -> UnitCall:
+    """A layer's units are the entries of the first axis, for a Linear the tokens of all axes."""
     inputs = tuple(a.detach() for a in args)
-    targets = output.reshape(len(output), -1)
-    grads = torch.zeros_like(targets) if grad is None else grad.reshape(len(output), -1)
-    padding = torch.zeros(len(output), dtype=torch.int64, device=output.device)
-    separable = all(isinstance(a, Tensor) and len(a) == len(output) for a in inputs)
-    return UnitCall(inputs, {}, targets, grads, padding, call.image, targets.numel(), separable)
+    if layer.kind == "Linear":
+        inputs = tuple(x.flatten(0, -2) for x in inputs)
+        units = len(inputs[0])
+    else:
+        units = len(output)
+    targets = output.reshape(units, -1)
+    grads = torch.zeros_like(targets) if grad is None else grad.reshape(units, -1)
+    padding = torch.zeros(units, dtype=torch.int64, device=output.device)
+    separable = all(isinstance(a, Tensor) and len(a) == units for a in inputs)
+    call = UnitCall(inputs, {}, targets, grads, padding, image, targets.numel(), separable)
+    return call.by_importance() if separable else call
 
 
 @contextlib.contextmanager

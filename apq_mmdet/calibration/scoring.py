@@ -1,6 +1,6 @@
 """Errors of candidate ranges over all images, and the exact choice of the best one from few full evaluations."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from apq_mmdet.calibration.units import Batch, UnitCall, batches, rows_of
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer
 
-SCREENS = (0.05, 0.3)  # shares of a call's units, the most important ones, on which the candidates are screened
+SCREENS = (0.02, 0.1, 0.3)  # shares of a call's units, the most important ones, on which the candidates are screened
 TOGETHER = 8  # candidates that are evaluated in full before the others are compared with the best so far
 WORTHWHILE = 0.6  # a screening that leaves more than this share of the candidates costs more than it spares
 ROUNDING = 1e-3  # relative; sums over differently cut tiles differ by far less
@@ -40,6 +40,8 @@ def candidate_errors(
     columns: list[tuple[int, Tensor]] = []
     for batch in batches(calls):
         together = max(1, BUFFER_ELEMENTS // batch.stacked.targets.numel())
+        if len(batch.calls) == 1 and not objective.eliminate:
+            together = len(parameters)
         errors = [
             _batch_errors(module, batch, layer, role, parameters[start : start + together], objective)
             for start in range(0, len(parameters), together)
@@ -65,15 +67,23 @@ def _batch_errors(
     parameters: list[tuple[Tensor, Tensor]],
     objective: Objective,
 ) -> Tensor:
-    """Error of each candidate on each call of a batch, float64 [candidates, calls]."""
+    """Error of each candidate on each call of a batch, float64 [candidates, calls].
+
+    An objective that drops elements has to see all elements of a call at once; the others add up tile by tile.
+    """
+    if len(batch.calls) == 1 and not objective.eliminate:
+        total = torch.zeros(len(parameters), 1, dtype=torch.float64, device=batch.stacked.targets.device)
+        for _, _, tile in batch.tiles():
+            grad = tile.grads.reshape(-1)
+            error = torch.empty_like(tile.targets)
+            for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
+                total[candidate] += objective(torch.sub(outputs, tile.targets, out=error).view(-1), grad, 0)
+        return total
     targets, grads = batch.stacked.targets, batch.stacked.grads  # [U, E]
     errors = targets.new_empty(len(parameters), *targets.shape)  # [candidates, U, E]
     for start, stop, tile in batch.tiles():
-        with reuse_prefix(module, tile, layer, role):
-            for candidate, (scale, zero_point) in enumerate(parameters):
-                layer.quantizers[role].set_parameters(scale, zero_point)
-                outputs = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), stop - start)
-                torch.sub(outputs, tile.targets, out=errors[candidate, start:stop])
+        for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
+            torch.sub(outputs, tile.targets, out=errors[candidate, start:stop])
     per_call, start = [], 0
     for call, length in zip(batch.calls, batch.lengths, strict=True):
         dropped = int(objective.eliminate * call.elements) + int(call.padding.sum())
@@ -82,6 +92,16 @@ def _batch_errors(
         per_call.append(torch.stack([objective(row, grad, dropped) for row in rows]))
         start += length
     return torch.stack(per_call, 1)
+
+
+def _candidate_outputs(
+    module: nn.Module, tile: UnitCall, layer: QuantizedLayer, role: str, parameters: list[tuple[Tensor, Tensor]]
+) -> Iterator[Tensor]:
+    """The module's output for each candidate, [units, elements]."""
+    with reuse_prefix(module, tile, layer, role):
+        for scale, zero_point in parameters:
+            layer.quantizers[role].set_parameters(scale, zero_point)
+            yield rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,8 @@ def best_candidate(
         # a screen that is not well above the share that may be dropped bounds nothing
         for share in (s for s in SCREENS if s > 2 * eliminate):
             left = alive()
+            if not left:
+                break
             bounds[left] = errors(left, share)
             if not full:
                 evaluate(alive()[:1])

@@ -1,6 +1,6 @@
 """The search of range factors: one loop for every layer kind, objective and metric point."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls
 from apq_mmdet.calibration.scoring import WORTHWHILE, best_candidate, candidate_errors, sum_by_image
-from apq_mmdet.calibration.units import UnitCall, UnitCalls
+from apq_mmdet.calibration.units import UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
@@ -92,6 +92,7 @@ def search_block(
             slot.searched_at = changes
         if settled:
             break
+    errors.drop()
     for quantizer in quantizers_of(module):
         quantizer.mode = QuantizerMode.QUANTIZE
     return {slot.name: slot.factor for slot in slots}
@@ -128,7 +129,7 @@ class SlotErrors:
         self.objective = build_objective(search.objective)
         # candidates are ranked at the module without elimination, which belongs to the block's output
         self.ranking = type(self.objective)()
-        self._recorded: dict[QuantizedLayer, list[UnitCall]] | None = None
+        self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
 
     def at_block(self, slot: Slot, factors: list[float], share: float) -> Tensor:
         """Float64 [factors]; a lower bound if only a ``share`` of the units is looked at."""
@@ -138,23 +139,28 @@ class SlotErrors:
 
     def at_module(self, slot: Slot, factors: list[float], share: float, objective: Objective) -> Tensor:
         """As ``at_block``, of the layer's own output on its float input."""
-        calls = (call.first(share) for call in self._layer_calls(slot.layer, share))
+        recorded = self._recorded(slot.layer).most_important(share)
+        calls = (call.first(share) for call in recorded)
         columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, factors, objective)
         return sum_by_image(columns, len(factors))
 
-    def _layer_calls(self, layer: QuantizedLayer, share: float) -> Iterator[UnitCall]:
-        """The layer's own calls: kept from the first time on where all layers' calls are small."""
-        if self.calls.bytes * RECORDED_PER_CALL > MOST_RECORDED:
-            for call in self.calls.most_important(share):
-                yield from (recorded for _, recorded in layer_calls(self.module, call, [layer]))
-            return
-        if self._recorded is None:
-            layers = [found for _, found in quantized_layers(self.module)]
-            self._recorded = {found: [] for found in layers}
+    def _recorded(self, layer: QuantizedLayer) -> UnitCalls:
+        """The layer's own calls; those of all layers are kept at once where they are small."""
+        if layer not in self._layer_calls:
+            self.drop()
+            small = self.calls.bytes * RECORDED_PER_CALL <= MOST_RECORDED
+            wanted = [found for _, found in quantized_layers(self.module)] if small else [layer]
+            self._layer_calls = {found: self.calls.of_layer(name) for name, found in enumerate(wanted)}
             for call in self.calls:
-                for found, recorded in layer_calls(self.module, call, layers):
-                    self._recorded[found].append(recorded)
-        yield from self._recorded[layer]
+                for found, recorded in layer_calls(self.module, call, wanted):
+                    self._layer_calls[found].add(recorded)
+        return self._layer_calls[layer]
+
+    def drop(self) -> None:
+        """Forget the layers' calls."""
+        for calls in self._layer_calls.values():
+            calls.drop()
+        self._layer_calls = {}
 
 
 def _slots(module: nn.Module, calls: UnitCalls, order: str) -> list[Slot]:

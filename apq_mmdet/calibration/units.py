@@ -5,7 +5,7 @@ the first units alone tell most of the bad candidates.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +94,11 @@ class UnitCall:
         """The most important units, a share of them and at least one."""
         return self.units(0, math.ceil(share * len(self.targets)))
 
+    def by_importance(self) -> "UnitCall":
+        """The units in descending order of their squared gradients."""
+        order = self.grads.square().sum(1).argsort(descending=True, stable=True)
+        return self.map(lambda t: t[order])
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "UnitCall":
         """Apply a function to every tensor."""
         args, kwargs, targets, grads, padding = tree_map_only(
@@ -121,10 +126,10 @@ def to_units(block: nn.Module, call: BlockCall) -> tuple[nn.Module, UnitCall]:
         return block, UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, targets.numel(), False)
     number = next(len(t) for t in tree_flatten(view.args)[0] if isinstance(t, Tensor))
     targets, grads = (rows_of([view.to_units(t) for t in part], number) for part in (call.outputs, call.grads))
-    order = grads.square().sum(1).argsort(descending=True, stable=True)
-    padding = torch.zeros(number, dtype=torch.int64, device=order.device) if view.padding is None else view.padding
-    units = UnitCall(view.args, {}, targets, grads, padding, call.image, 0, True).map(lambda t: t[order])
-    return view.module, replace(units, elements=units.targets.numel() - int(units.padding.sum()))
+    padding = torch.zeros(number, dtype=torch.int64, device=grads.device) if view.padding is None else view.padding
+    elements = targets.numel() - int(padding.sum())
+    units = UnitCall(view.args, {}, targets, grads, padding, call.image, elements, separable=True)
+    return view.module, units.by_importance()
 
 
 class UnitCalls:
@@ -135,7 +140,7 @@ class UnitCalls:
         key: of this block in the store.
     """
 
-    def __init__(self, store: TensorStore, key: str) -> None:
+    def __init__(self, store: TensorStore, key: Hashable) -> None:
         self._store, self._key = store, key
         self._calls: list[UnitCall] = []  # without tensors
         self._energies: list[float] = []
@@ -179,6 +184,10 @@ class UnitCalls:
         whole.sort(key=lambda i: -self._energies[i])
         left_out = set(whole[math.ceil(share * len(whole)) :])
         return (self[index] for index in range(len(self)) if index not in left_out)
+
+    def of_layer(self, index: int) -> "UnitCalls":
+        """An empty list in the same store, for the calls of one of the block's layers."""
+        return UnitCalls(self._store, (self._key, index))
 
     def drop(self) -> None:
         """Take all calls out of the store."""

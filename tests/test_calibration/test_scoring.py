@@ -38,6 +38,15 @@ def test_screening_spares_full_evaluations():
     assert unscreened.cost == 100
 
 
+def test_a_screen_that_leaves_nothing_ends_the_search():
+    class OneGood(Errors):
+        def __call__(self, candidates, share):
+            assert candidates
+            return super().__call__(candidates, share)
+
+    assert best_candidate(OneGood([100.0] * 20 + [1.0] + [100.0] * 20), 41, 0.0, 20, "layer").best == 20
+
+
 def test_the_first_of_several_that_tie():
     assert best_candidate(Errors([2.0] * 30 + [1.0] * 20), 50, 0.1, 45, "layer").best == 30
     assert best_candidate(Errors([2.0, 1.0, 1.0]), 3, 0.1, None, "layer").best == 1

@@ -216,6 +216,8 @@ def test_module_gradients_are_those_of_the_float_block():
     dense = calls[1].grads[0][0]
     assert last.grads.shape == dense.shape
     assert torch.equal(last.grads.sort(0).values, dense.sort(0).values)
+    energy = last.grads.square().sum(1)
+    assert torch.equal(energy, energy.sort(descending=True).values)  # each layer's most important tokens first
     with float_only(block), torch.no_grad():
         assert torch.equal(block.ffn.layers[1](*last.args), last.targets)
 

@@ -1,0 +1,81 @@
+"""Peak memory and time of a calibration over the number of images: memory must not grow, time at most linearly.
+
+    python benchmarks/official_config.py --data-root COCO        # writes work_dirs/official_config/float.{py,pth}
+    python benchmarks/calibration/memory.py work_dirs/official_config/float.py work_dirs/official_config/float.pth \\
+        --images FOLDER [FOLDER ...] --num-calib 8 32 128
+
+Each run is a process of its own; one more without a search gives the model's own peak, float inference included.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config")
+    add("checkpoint")
+    add("--images", nargs="+", type=Path, required=True, help="folders of images, used together")
+    add("--num-calib", nargs="+", type=int, default=[8, 32, 128])
+    add("--recipe", default="apq_fast")
+    add("--memory-budget", type=float, default=4.0, metavar="GIB")
+    add("--cfg-options", nargs="+", default=[])
+    add("--processes", type=int, default=1)
+    add("--work-dir", type=Path, default=Path("work_dirs/memory"))
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, images: Path, recipe: str, number: int) -> dict[str, Any]:
+    """One calibration without evaluation."""
+    folder = args.work_dir / f"{recipe}_{number}"
+    start = [sys.executable]
+    if args.processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+    line = [*start, str(ROOT / "tools" / "quantize_det.py"), args.config, args.checkpoint, "--no-eval"]
+    line += ["--work-dir", str(folder), "--recipe", recipe, "--num-calib", str(number), "--calib-dir", str(images)]
+    line += ["--w-bits", "4", "--a-bits", "4", "--device", "cpu", "--memory-budget", str(args.memory_budget)]
+    line += ["--cfg-options", *args.cfg_options] if args.cfg_options else []
+    line += ["--launcher", "pytorch"] if args.processes > 1 else []
+    with (args.work_dir / f"{recipe}_{number}.log").open("w") as log:
+        subprocess.run(line, check=True, stdout=log, stderr=log)
+    report = json.loads((folder / "report.json").read_text())
+    return {
+        "recipe": recipe,
+        "images": number,
+        "processes": args.processes,
+        "threads": report["threads"],
+        "peak_gib": round(report["peak_memory"]["host_bytes"] / 2**30, 2),
+        "calibration_seconds": round(report["calibration_seconds"], 1),
+        "search_seconds": round(sum(block["seconds"] for block in report["blocks"]), 1),
+    }
+
+
+def main() -> None:
+    """The model alone, then every number of images."""
+    args = parse_args()
+    pool = args.work_dir / "images"
+    pool.mkdir(parents=True, exist_ok=True)
+    for folder in args.images:
+        for image in folder.resolve().iterdir():
+            link = pool / f"{folder.name}_{image.name}"
+            if not link.exists():
+                link.symlink_to(image)
+    rows = [run(args, pool, "minmax", args.num_calib[0])]
+    for number in args.num_calib:
+        rows.append(run(args, pool, args.recipe, number))
+        rows[-1]["above_the_models_own_gib"] = round(rows[-1]["peak_gib"] - rows[0]["peak_gib"], 2)
+        print(rows[-1], flush=True)
+    args.out.write_text(json.dumps({"memory_budget_gib": args.memory_budget, "runs": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
