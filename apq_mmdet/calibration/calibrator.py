@@ -13,6 +13,7 @@ from tqdm import tqdm
 from apq_mmdet.calibration.blocks import partition, watch_blocks
 from apq_mmdet.calibration.distributed import gather, is_first, own_images
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
+from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.search import search_block
@@ -93,7 +94,7 @@ def calibrate(
     """
     if not len(samples):
         raise CalibrationError("no calibration samples")
-    _check_grids(model, recipe.search)
+    check_grids(model, recipe.search)
     task = task or FeatureTask()
     blocks = partition(model)
     was_training = model.training
@@ -149,7 +150,8 @@ def _share_ranges(model: nn.Module) -> None:
             quantizer.observed = (torch.stack(lows).amin(0).to(device), torch.stack(highs).amax(0).to(device))
 
 
-def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:
+def check_grids(model: nn.Module, search: SearchConfig | None) -> None:
+    """Raise BadInputError where a grid holds no range factor that a quantizer's format allows."""
     if search is None:
         return
     for name, layer in quantized_layers(model):
@@ -191,11 +193,11 @@ def _search_blocks(
     seed: int,
 ) -> list[BlockReport]:
     order = list(dict.fromkeys(name for names in gather(store.blocks) for name in names))
-    slots = {name: search.rounds * len(quantizers_of(blocks[name])) for name in order}
     reports = []
-    with tqdm(total=sum(slots.values()), desc="search", unit="range", smoothing=0.05, disable=not is_first()) as bar:
+    with SearchBar({name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_first()) as bar:
         for position, name in enumerate(order):
-            start, done = time.perf_counter(), bar.n
+            start = time.perf_counter()
+            bar.begin(name)
             kept = gather(states.load(name) if states is not None else None)[0]
             if kept is not None:
                 _load_quantizers(blocks[name], kept["state"])
@@ -209,12 +211,12 @@ def _search_blocks(
                     state = _quantizer_state(blocks[name])
                     states.save(name, {"state": state, "factors": factors, "seconds": seconds})
                 reports.append(BlockReport(name, seconds, factors, resumed=False))
-            bar.update(done + slots[name] - bar.n)
+            bar.finish()
     return reports
 
 
 def _search_one(
-    block: nn.Module, name: str, store: CaptureStore, search: SearchConfig, bar: tqdm, seed: int
+    block: nn.Module, name: str, store: CaptureStore, search: SearchConfig, progress: Progress, seed: int
 ) -> dict[str, float]:
     calls = UnitCalls(store, name)
     module = block
@@ -227,11 +229,7 @@ def _search_one(
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
 
-    def tick(slot: str) -> None:
-        bar.set_description(f"{name} {slot}")
-        bar.update()
-
-    factors = search_block(module, calls, search, tick)
+    factors = search_block(module, calls, search, progress)
     calls.drop()
     return factors
 

@@ -1,6 +1,5 @@
 """The search of range factors: one loop for every layer kind, objective and metric point."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective, build_objective
+from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls
 from apq_mmdet.calibration.scoring import WORTHWHILE, best_candidate, candidate_errors, sum_by_image
@@ -17,6 +17,7 @@ from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 MOST_RECORDED = 2**28  # bytes of the calls of a block's layers that are kept rather than made anew for each search
 RECORDED_PER_CALL = 10  # about how much larger than the block's own calls they are
+SILENT = Silent()
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Slot:
 
 @torch.no_grad()
 def search_block(
-    module: nn.Module, calls: UnitCalls, search: SearchConfig, tick: Callable[[str], None]
+    module: nn.Module, calls: UnitCalls, search: SearchConfig, progress: Progress = SILENT
 ) -> dict[str, float]:
     """Choose the range factor of every quantizer of a block.
 
@@ -59,7 +60,7 @@ def search_block(
             the result.
         calls: float inputs, float outputs and gradients of this process' images.
         search: grids, rounds, order, objective, metric point.
-        tick: called with the name of the quantizer before each search, also of those that are skipped.
+        progress: is told what is searched.
 
     Returns:
         The chosen factor by ``layer.role``.
@@ -76,7 +77,7 @@ def search_block(
     for _ in range(search.rounds):
         settled = True
         for slot in slots:
-            tick(slot.name)
+            progress.quantizer(slot.name)
             for quantizer in slot.layer.quantizers.values():
                 changes += quantizer.mode is QuantizerMode.FLOAT
                 quantizer.mode = QuantizerMode.QUANTIZE
@@ -84,7 +85,7 @@ def search_block(
                 continue
             settled = False
             with fixed_weights(module, slot.layer, slot.role):
-                before, slot.factor = slot.factor, _best_factor(errors, slot, search, previous.left)
+                before, slot.factor = slot.factor, _best_factor(errors, slot, search, progress, previous.left)
             previous = slot
             slot.quantizer.set_range_factor(slot.factor)
             # a change of its own does not make a slot's result stale
@@ -98,7 +99,9 @@ def search_block(
     return {slot.name: slot.factor for slot in slots}
 
 
-def _best_factor(errors: "SlotErrors", slot: Slot, search: SearchConfig, neighbours: float | None) -> float:
+def _best_factor(
+    errors: "SlotErrors", slot: Slot, search: SearchConfig, progress: Progress, neighbours: float | None
+) -> float:
     """The best factor; ``neighbours`` is what a screening left at the slot before, a guess where it is the first."""
     factors = search.factors(slot.layer.kind, slot.quantizer.min_factor)
     at_module = search.metric == "module"
@@ -108,6 +111,7 @@ def _best_factor(errors: "SlotErrors", slot: Slot, search: SearchConfig, neighbo
     incumbent = factors.index(slot.factor) if slot.searched_at >= 0 and slot.factor in factors else None
 
     def evaluate(candidates: list[int], share: float) -> Tensor:
+        progress.candidates(len(candidates))
         chosen = [factors[i] for i in candidates]
         if at_module:
             return errors.at_module(slot, chosen, share, errors.objective)

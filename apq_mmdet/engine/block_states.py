@@ -10,6 +10,28 @@ import torch
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import tensor_bytes, write_atomic, write_json
 
+DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
+
+
+def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
+    """Raise BadInputError if ``folder`` holds blocks of a run of another description; changes nothing."""
+    description = folder / DESCRIPTION
+    if not description.exists():
+        return
+    run = _plain(run)
+    kept = json.loads(description.read_text())
+    changed = [key for key in run if kept.get(key) != run[key]]
+    if changed:
+        raise BadInputError(
+            f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the "
+            f"command of that run, or drop --resume to start anew"
+        )
+
+
+def _plain(run: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(run, default=str))
+
 
 class BlockStatesOnDisk:
     """One file a finished block in ``folder``, beside a description of the run that they belong to.
@@ -25,21 +47,13 @@ class BlockStatesOnDisk:
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
         self.folder = folder
-        run = json.loads(json.dumps(run, default=str))
-        description = folder / "run.json"
         for leftover in folder.glob("apq_capture_*"):  # of a killed run
             shutil.rmtree(leftover, ignore_errors=True)
-        if resume and description.exists():
-            kept = json.loads(description.read_text())
-            changed = [key for key in run if kept.get(key) != run[key]]
-            if changed:
-                raise BadInputError(
-                    f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the "
-                    f"command of that run, or drop --resume to start anew"
-                )
+        if resume and (folder / DESCRIPTION).exists():
+            refuse_other_run(folder, run)
             return
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(description, run)
+        write_json(folder / DESCRIPTION, _plain(run))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.pth"

@@ -39,6 +39,8 @@ examples:
     ... --cfg-options model.quant.overrides.mine.pattern='*.fc_cls' model.quant.overrides.mine.float=True
   two processes, each with half of the images; the result is the same:
     torchrun --nproc-per-node 2 tools/quantize_det.py CONFIG CHECKPOINT --launcher pytorch --work-dir DIR
+  what a run would do, how long at most and with how much memory, without doing it:
+    ... --dry-run
   afterwards, with mmdet's own unmodified tool:
     python <mmdet>/tools/test.py DIR/config.py DIR/quantized.pth
 
@@ -77,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory that calibration may take above the "
         "model's own, for each process; what does not fit goes to the work dir (default: 4)",
     )
+    add("--dry-run", action="store_true", help="check everything, print what would be done and its cost, and stop")
     add("--resume", action="store_true", help="go on with a killed run of the same command")
     add("--no-eval", action="store_true", help="do not measure the quantized model")
     add("--eval-float", action="store_true", help="measure the float model too")
@@ -115,6 +118,7 @@ def build_config(args: argparse.Namespace) -> Config:
         eval_float=args.eval_float,
         resume=args.resume,
         memory_budget=int(args.memory_budget * 2**30),
+        dry_run=args.dry_run,
     )
 
 

@@ -19,8 +19,9 @@ from apq_mmdet.datasets.calibration import (
     calibration_from_folder,
     test_pipeline,
 )
-from apq_mmdet.engine.block_states import BlockStatesOnDisk
+from apq_mmdet.engine.block_states import BlockStatesOnDisk, refuse_other_run
 from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
+from apq_mmdet.engine.plan import make_plan, render_plan
 from apq_mmdet.engine.quantized_config import standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic
@@ -46,6 +47,7 @@ class PTQLoop(TestLoop):
         eval_float: measure the float model as well.
         resume: go on with a killed calibration.
         memory_budget: bytes that calibration may take above the model's own; what does not fit goes to the work dir.
+        dry_run: make all checks, print the plan, and do nothing of it.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class PTQLoop(TestLoop):
         eval_float: bool = False,
         resume: bool = False,
         memory_budget: int = MEMORY_BUDGET,
+        dry_run: bool = False,
         fp16: bool = False,
     ) -> None:
         self._runner = runner
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self.seed, self.evaluate, self.eval_float = seed, evaluate, eval_float
-        self.checkpoint, self.memory_budget = checkpoint, memory_budget
+        self.checkpoint, self.memory_budget, self.dry_run = checkpoint, memory_budget, dry_run
         self.float_meta = load_float_weights(self.model, checkpoint)
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
@@ -82,7 +85,10 @@ class PTQLoop(TestLoop):
         self.states = None
         if is_main_process():
             conditions = {**self.run_description, **self._describe_conditions()}
-            self.states = BlockStatesOnDisk(self.work_dir / STATES, conditions, resume)
+            if not dry_run:
+                self.states = BlockStatesOnDisk(self.work_dir / STATES, conditions, resume)
+            elif resume:
+                refuse_other_run(self.work_dir / STATES, conditions)
         barrier()  # the folder is there, and clean
 
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
@@ -134,6 +140,10 @@ class PTQLoop(TestLoop):
 
     def run(self) -> dict[str, float]:
         """Calibrate, save, evaluate; returns the quantized model's metrics (empty without evaluation)."""
+        if self.dry_run:
+            if is_main_process():
+                print(render_plan(make_plan(self.model, self.images, self.task, self.model.recipe, self.memory_budget)))
+            return {}
         start = time.perf_counter()
         table = self.model.quantization_table
         if is_main_process():

@@ -1,18 +1,10 @@
 """The report file and the one line that a person reads."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from apq_mmdet.calibration.progress import peak_memory
 from apq_mmdet.files import write_json
-
-
-def peak_memory() -> dict[str, int | None]:
-    """Peak resident memory of this process and peak CUDA memory (None without CUDA), in bytes."""
-    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cuda_bytes": cuda}
 
 
 def write_report(folder: Path, report: dict[str, Any], seconds: float) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.calibrator import _float_pass
 from apq_mmdet.calibration.importance import capture_gradients
+from apq_mmdet.calibration.progress import Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore, TensorStore
@@ -81,17 +82,24 @@ def ours(block: nn.Module, calls: list[BlockCall], search: SearchConfig) -> tupl
     for call in calls:
         view, stacked = to_units(block, call)
         units.add(stacked)
-    seconds: dict[str, float] = {}
-    last = [time.perf_counter(), ""]
+    clock = Clock()
+    chosen = search_block(view, units, search, clock)
+    clock.quantizer("")
+    return chosen, {name: s for name, s in clock.seconds.items() if name}
 
-    def tick(name: str) -> None:
+
+class Clock(Silent):
+    """Adds up the seconds of each quantizer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name, self._since = "", time.perf_counter()
+
+    def quantizer(self, name: str) -> None:
+        """The search of another quantizer begins."""
         now = time.perf_counter()
-        seconds[last[1]] = seconds.get(last[1], 0.0) + now - last[0]
-        last[:] = [now, name]
-
-    chosen = search_block(view, units, search, tick)
-    tick("")
-    return chosen, {name: s for name, s in seconds.items() if name}
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._since
+        self._name, self._since = name, now
 
 
 def layer_data(block: nn.Module, calls: list[BlockCall]) -> dict[QuantizedLayer, list[tuple[tuple, Tensor, Tensor]]]:

@@ -48,7 +48,7 @@ def search(block, calls, settings):
     for call in calls:
         view, units_of_call = to_units(block, call)
         units.add(units_of_call)
-    return search_block(view, units, settings, lambda _: None)
+    return search_block(view, units, settings)
 
 
 def follow(block, calls, search, decisions):

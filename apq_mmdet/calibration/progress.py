@@ -1,0 +1,72 @@
+"""What a person sees while a search runs: block, layer, candidates left, time left, memory."""
+
+import resource
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process and peak CUDA memory (None without CUDA), in bytes."""
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cuda_bytes": cuda}
+
+
+class Progress(Protocol):
+    """Is told what a search does."""
+
+    def quantizer(self, name: str) -> None:
+        """The search of a quantizer begins, or is skipped."""
+
+    def candidates(self, left: int) -> None:
+        """So many of its candidates are still in the running."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def quantizer(self, name: str) -> None:
+        """See Progress."""
+
+    def candidates(self, left: int) -> None:
+        """See Progress."""
+
+
+class SearchBar:
+    """A progress bar over all quantizers of all blocks; as a context.
+
+    Args:
+        ranges: number of searches by block.
+        shown: whether this process shows it.
+    """
+
+    def __init__(self, ranges: dict[str, int], shown: bool) -> None:
+        self._ranges = ranges
+        self._bar = tqdm(total=sum(ranges.values()), desc="search", unit="range", smoothing=0.05, disable=not shown)
+        self._block, self._start, self._memory = "", 0, ""
+
+    def __enter__(self) -> "SearchBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, block: str) -> None:
+        """A block begins."""
+        self._block, self._start = block, self._bar.n
+
+    def finish(self) -> None:
+        """The block is finished, however many of its searches were made."""
+        self._bar.update(self._start + self._ranges[self._block] - self._bar.n)
+
+    def quantizer(self, name: str) -> None:
+        """See Progress."""
+        self._bar.set_description(f"{self._block} {name}", refresh=False)
+        peaks = [f"{value / 2**30:.1f} GiB" for value in peak_memory().values() if value is not None]
+        self._memory = "peak memory " + " + ".join(peaks)  # of the host, and of the GPU where there is one
+        self._bar.update()
+
+    def candidates(self, left: int) -> None:
+        """See Progress."""
+        self._bar.set_postfix_str(f"{left} candidates left, {self._memory}", refresh=False)

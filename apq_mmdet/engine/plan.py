@@ -1,0 +1,353 @@
+"""What a calibration would do and cost at most, from one image: counted operations and bytes, a measured rate.
+
+Operations are those of matrix products, see counting.py.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.dist import get_dist_info
+from torch import nn
+
+from apq_mmdet.calibration.blocks import partition
+from apq_mmdet.calibration.calibrator import check_grids
+from apq_mmdet.calibration.distributed import own_images
+from apq_mmdet.calibration.importance import CalibrationTask
+from apq_mmdet.calibration.recipe import Recipe, SearchConfig
+from apq_mmdet.engine.counting import Count, bytes_of, counting, suffix_operations
+from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.state import VERSION_KEY
+from apq_mmdet.quantizers.packing import packed_size
+
+GRADIENT_PASS = 3  # a disturbed forward and its backward, in float forwards
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What the calibration of one block takes.
+
+    Attributes:
+        layers: number of its layers that hold quantizers.
+        ranges: number of quantizers to search.
+        ranked: candidates that are judged at the output of their layer, all quantizers and rounds.
+        judged: candidates that are judged at the output of the block, all quantizers and rounds.
+        operations: of one float forward on the image.
+        search_operations: of the search on the image, an upper bound.
+        captured_bytes: inputs, outputs and gradients on the image.
+        reached: whether the image reached the block.
+    """
+
+    name: str
+    layers: int
+    ranges: int
+    ranked: int
+    judged: int
+    operations: int
+    search_operations: int
+    captured_bytes: int
+    reached: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the weights that become integers, in float32 and as packed codes with scales; and of the whole state."""
+
+    weights_float: int
+    weights_packed: int
+    state_float: int
+    state_packed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a calibration would do.
+
+    Attributes:
+        detector: its type.
+        images: number of calibration images.
+        processes: that calibrate together.
+        own: number of images of the first process; no other has more.
+        blocks: in the order of execution.
+        operations: of one float forward of the detector on one image.
+        seconds: that this forward took.
+        machine: the device and its threads, in words.
+        teacher_bytes: outputs of the float detector on one image.
+        memory_budget: bytes that calibration may take above the model's own, for each process.
+    """
+
+    detector: str
+    recipe: Recipe
+    images: int
+    processes: int
+    own: int
+    blocks: list[BlockPlan]
+    operations: int
+    seconds: float
+    machine: str
+    teacher_bytes: int
+    sizes: Sizes
+    memory_budget: int
+
+    @property
+    def rate(self) -> float:
+        """Operations per second of the float forward."""
+        return self.operations / self.seconds
+
+    @property
+    def search_operations(self) -> int:
+        """Upper bound of the search on all images of all processes."""
+        return self.images * sum(block.search_operations for block in self.blocks)
+
+    @property
+    def forwards(self) -> int:
+        """Float forwards that one image takes beside the search."""
+        if self.recipe.search is None:
+            return 1
+        recaptures = len(self.blocks) if self.recipe.search.block_input == "quantized" else 0
+        return 1 + GRADIENT_PASS + recaptures
+
+    @property
+    def pass_seconds(self) -> float:
+        """Of the passes over the own images."""
+        return self.own * self.forwards * self.seconds
+
+    @property
+    def search_seconds(self) -> float:
+        """Of the operations of the search on the own images, at the rate of the float forward."""
+        return self.search_operations * self.own / self.images / self.rate if self.search_operations else 0.0
+
+    @property
+    def captured_bytes(self) -> int:
+        """Captured on the own images."""
+        return self.own * (self.teacher_bytes + sum(block.captured_bytes for block in self.blocks))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Captured on the own images and not held in memory."""
+        return max(0, self.captured_bytes - self.memory_budget // 2)
+
+
+def make_plan(
+    model: nn.Module, images: Sequence[Any], task: CalibrationTask, recipe: Recipe, memory_budget: int
+) -> Plan:
+    """Run the float model on the first image, and count.
+
+    Args:
+        model, images, task, recipe, memory_budget: as for ``calibrate``; the model is left as it was.
+
+    Raises:
+        BadInputError: a grid holds no factor that a format allows.
+    """
+    check_grids(model, recipe.search)
+    blocks = partition(model)
+    sample = images[0]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), float_only(model):
+            with counting(model, blocks) as count:
+                teacher = task.teacher(model, sample)
+            seconds = _seconds(model, sample, task)  # the counted forward has warmed up
+    finally:
+        model.train(was_training)
+    searched = recipe.search is not None  # without a search nothing is captured
+    order = list(dict.fromkeys([*count.calls, *blocks]))
+    return Plan(
+        detector=type(model).__name__,
+        recipe=recipe,
+        images=len(images),
+        processes=get_dist_info()[1],
+        own=len(own_images(len(images))),
+        blocks=[_block_plan(name, blocks[name], count, recipe.search) for name in order],
+        operations=count.operations,
+        seconds=seconds,
+        machine=_machine(model),
+        teacher_bytes=bytes_of(teacher) if searched else 0,
+        sizes=weight_sizes(model),
+        memory_budget=memory_budget,
+    )
+
+
+def _seconds(model: nn.Module, sample: Any, task: CalibrationTask) -> float:
+    """Wall-clock time of one forward."""
+    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    task.teacher(model, sample)
+    wait()
+    return time.perf_counter() - start
+
+
+def _machine(model: nn.Module) -> str:
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+
+
+def _block_plan(name: str, block: nn.Module, count: Count, search: SearchConfig | None) -> BlockPlan:
+    layers = [layer for _, layer in quantized_layers(block) if layer.quantizers]
+    calls = count.calls.get(name, [])
+    ranked = judged = search_operations = 0
+    if search is not None:
+        for layer in layers:
+            own = sum(operations for call in calls for module, operations in call if module is layer)
+            suffix = sum(suffix_operations(call, layer) for call in calls)
+            for quantizer in layer.quantizers.values():
+                at_layer, at_block = _candidates(len(search.factors(layer.kind, quantizer.min_factor)), search)
+                ranked += search.rounds * at_layer
+                judged += search.rounds * at_block
+                search_operations += search.rounds * (at_layer * own + at_block * suffix)
+    return BlockPlan(
+        name=name,
+        layers=len(layers),
+        ranges=len(quantizers_of(block)),
+        ranked=ranked,
+        judged=judged,
+        operations=sum(operations for call in calls for _, operations in call),
+        search_operations=search_operations,
+        captured_bytes=count.captured.get(name, 0) if search is not None else 0,
+        reached=bool(calls),
+    )
+
+
+def _candidates(number: int, search: SearchConfig) -> tuple[int, int]:
+    """How many of ``number`` candidates are judged at the output of their layer, and how many at that of the block."""
+    if search.metric == "module":
+        return number, 0
+    return (number, search.shortlist) if 0 < search.shortlist < number else (0, number)
+
+
+def weight_sizes(model: nn.Module) -> Sizes:
+    """Bytes of the model's state before and after, without running it."""
+    state = model.state_dict()
+    parts = {key: bytes_of(value) for key, value in state.items()}
+    before = codes = scales = 0
+    for _, layer in quantized_layers(model):
+        if "weight" in layer.quantizers:
+            quantizer = layer.quantizers["weight"]
+            before += bytes_of(layer.weight)
+            codes += packed_size(layer.weight.numel(), int(quantizer.bits))
+            scales += bytes_of(quantizer.state_dict())
+    added = sum(size for key, size in parts.items() if "quantizers." in key or key.endswith(VERSION_KEY))
+    total = sum(parts.values())
+    return Sizes(before, codes + scales, total - added, total - before + codes)
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    policy = plan.recipe.policy
+    shared = f" in {plan.processes} processes, at most {plan.own} each" if plan.processes > 1 else ""
+    return "\n".join(
+        [
+            f"plan: {plan.detector}, recipe {plan.recipe.name}, W{policy.w_bits}A{policy.a_bits}, scope {policy.scope}",
+            f"calibration images: {plan.images}{shared}",
+            "counted on the first image, for one image; a multiply-accumulate is two operations:",
+            "",
+            *_table(plan.blocks),
+            "",
+            *_size_lines(plan.sizes),
+            *_time_lines(plan),
+            *_memory_lines(plan),
+        ]
+    )
+
+
+def _table(blocks: Sequence[BlockPlan]) -> list[str]:
+    rows = [("block", "layers", "ranges", "candidates", "operations", "captured", "search at most")]
+    for b in blocks:
+        rows.append((b.name, *_cells(b)))
+    keys = ("layers", "ranges", "ranked", "judged", "operations", "search_operations", "captured_bytes")
+    total = BlockPlan(name="all", reached=True, **{key: sum(getattr(b, key) for b in blocks) for key in keys})
+    rows.append((total.name, *_cells(total)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _cells(block: BlockPlan) -> tuple[str, ...]:
+    """All columns but the name; with a shortlist, the candidates at the layers -> those that get to the block."""
+    candidates = [str(number) for number in (block.ranked, block.judged) if number]
+    return (
+        str(block.layers),
+        str(block.ranges),
+        " -> ".join(candidates) or "-",
+        _number(block.operations) if block.reached else "not reached",
+        _bytes(block.captured_bytes) if block.captured_bytes else "-",
+        _number(block.search_operations) if block.search_operations else "-",
+    )
+
+
+def _size_lines(sizes: Sizes) -> list[str]:
+    def change(before: int, after: int) -> str:
+        return f"{_bytes(before)} -> {_bytes(after)} ({before / max(after, 1):.1f} times smaller)"
+
+    return [
+        f"weights in integers: {change(sizes.weights_float, sizes.weights_packed)}, float32 to codes and scales",
+        f"with all that stays float32: {change(sizes.state_float, sizes.state_packed)}",
+    ]
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    search = plan.recipe.search
+    machine = f"{plan.machine}; {_seconds_text(plan.seconds)} a forward, {_number(plan.rate)} operations/s"
+    if search is None:
+        return [
+            "search: nothing is searched, ranges are the least and greatest values seen",
+            f"time: about {_seconds_text(plan.pass_seconds)} here ({machine}), one forward for each image",
+        ]
+    sampled = [f"{key} = {getattr(search, key)}" for key in ("windows", "rows") if getattr(search, key)]
+    parts = f"float pass 1, gradients about {GRADIENT_PASS}"
+    if search.block_input == "quantized":
+        parts += ", inputs of each block anew"
+    before = f", before sampling ({', '.join(sampled)})" if sampled else ""
+    return [
+        f"search: at most {_number(plan.search_operations)} operations on {plan.images} images{before}",
+        f"time: about {_seconds_text(plan.pass_seconds + plan.search_seconds)} here ({machine})",
+        f"  passes: {plan.own} images x {plan.forwards} forwards = {_seconds_text(plan.pass_seconds)} ({parts})",
+        f"  search: {plan.own} images at that rate = {_seconds_text(plan.search_seconds)}",
+        "  The search figure is every candidate in every round on the part of its block that it changes, at the rate",
+        "  of the float forward. Screening, sampling and idle rounds make it less; quantizers and errors,",
+        "  no matrix products, make it more, and can outweigh that on small images. Evaluation comes on top.",
+    ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    each = " (each process)" if plan.processes > 1 else ""
+    budget = f"memory: budget {_bytes(plan.memory_budget)}{each}, half of it for captured tensors"
+    if not plan.captured_bytes:
+        return [f"memory: budget {_bytes(plan.memory_budget)}{each}; nothing is captured"]
+    outputs = f"  captured: {_bytes(plan.captured_bytes)} with the detector's outputs"
+    return [budget, f"{outputs}, {_bytes(plan.disk_bytes)} of them on disk"]
+
+
+def _number(value: float) -> str:
+    """With three digits and a prefix: 12.3 G."""
+    prefix = ""
+    for larger in ("k", "M", "G", "T", "P"):
+        if value < 999.5:
+            break
+        value, prefix = value / 1000, larger
+    return f"{value:.3g} {prefix}".rstrip()
+
+
+def _bytes(value: float) -> str:
+    if value < 1024:
+        return f"{value:.0f} B"
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f} {unit}"
+
+
+def _seconds_text(value: float) -> str:
+    for limit, seconds, unit in ((120, 1, "s"), (7200, 60, "min"), (2 * 86400, 3600, "h")):
+        if value < limit:
+            number = value / seconds
+            return f"{number:.2g} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    return f"{value / 86400:.1f} days"

@@ -1,0 +1,25 @@
+from apq_mmdet.calibration.progress import SearchBar
+
+
+def test_a_person_sees_block_layer_candidates_and_memory(capsys):
+    with SearchBar({"first": 2, "second": 4}, shown=True) as bar:
+        bar.begin("first")
+        bar.quantizer("layer.weight")
+        bar.finish()  # one of its two searches was not needed
+        bar.begin("second")
+        bar.quantizer("layer.input")
+        bar.candidates(37)
+        bar._bar.refresh()
+    seen = capsys.readouterr().err.split("\r")[-1]
+    assert "second layer.input" in seen
+    assert "37 candidates left, peak memory" in seen
+    assert "3/6" in seen
+
+
+def test_other_processes_show_nothing(capsys):
+    with SearchBar({"first": 1}, shown=False) as bar:
+        bar.begin("first")
+        bar.quantizer("layer")
+        bar.candidates(3)
+        bar.finish()
+    assert capsys.readouterr().err == ""

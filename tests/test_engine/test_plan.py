@@ -1,0 +1,194 @@
+import pytest
+import torch
+from helpers import CHECKPOINT, build_swin, recipe, short_grids
+from torch import nn
+
+from apq_mmdet.calibration import FeatureTask, calibrate
+from apq_mmdet.engine import command
+from apq_mmdet.engine.counting import suffix_operations
+from apq_mmdet.engine.plan import make_plan, render_plan, weight_sizes
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers import packed_state_dict, quantize_model
+from apq_mmdet.quantizers import QuantizerMode
+
+BUDGET = 2**30
+
+
+def plan_of(model, used, images, budget=BUDGET):
+    quantize_model(model, used.policy)
+    return make_plan(model, images, FeatureTask(), used, budget)
+
+
+@pytest.fixture
+def swin_images():
+    return [torch.randn(1, 3, 32, 32) for _ in range(3)]
+
+
+def test_layers_by_hand():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, groups=1),  # [1, 8, 6, 6]: 288 outputs of 27 products
+        nn.Conv2d(8, 8, 3, stride=2, groups=4),  # [1, 8, 2, 2]: 32 outputs of 18 products
+        nn.ConvTranspose2d(8, 5, 2, stride=2),  # [1, 5, 4, 4]: 80 outputs of 8 products
+        nn.Flatten(),
+        nn.Linear(80, 7),
+    )
+    used = recipe("apq", search=dict(rounds=2, grids=short_grids(8)))
+    plan = plan_of(model, used, [torch.randn(1, 3, 6, 6)] * 4)
+    # the recipe leaves the transposed convolution float: it is in the whole, but in no block
+    assert [(b.name, b.operations) for b in plan.blocks] == [("0", 2 * 288 * 27), ("1", 2 * 32 * 18), ("4", 2 * 7 * 80)]
+    assert plan.operations == sum(b.operations for b in plan.blocks) + 2 * 80 * 8
+    # a layer alone: weight and input, 8 candidates each, 2 rounds
+    for block in plan.blocks:
+        assert (block.layers, block.ranges, block.ranked, block.judged) == (1, 2, 0, 32)
+        assert block.search_operations == 32 * block.operations
+    # input [1, 3, 6, 6], output and gradient [1, 8, 6, 6]
+    assert plan.blocks[0].captured_bytes == 4 * (108 + 2 * 288)
+    assert plan.teacher_bytes == 4 * 7
+    assert plan.search_operations == 4 * 32 * sum(b.operations for b in plan.blocks)
+    assert plan.captured_bytes == 4 * (28 + sum(b.captured_bytes for b in plan.blocks))
+
+
+def test_a_swin_by_hand(swin_images):
+    used = recipe("apq", search=dict(rounds=3, grids=short_grids(10)))
+    model = build_swin()
+    plan = plan_of(model, used, swin_images)
+    assert [b.name for b in plan.blocks] == ["patch_embed", "stages.0.blocks.0", "stages.0.blocks.1"]
+    # 8 x 8 tokens of 8 channels; padded to 2 x 2 windows of 49 tokens, 2 heads of 4 channels; 32 hidden channels
+    embed = 2 * (64 * 8) * (3 * 4 * 4)
+    qkv, logits, values, project = 2 * 196 * 8 * 24, *[2 * 4 * 2 * 49 * 49 * 4] * 2, 2 * 196 * 8 * 8
+    ffn = 2 * 64 * 8 * 32
+    whole = qkv + logits + values + project + 2 * ffn
+    assert [b.operations for b in plan.blocks] == [embed, whole, whole]
+    assert plan.operations == embed + 2 * whole
+    block = plan.blocks[1]
+    assert (block.layers, block.ranges, block.judged) == (6, 12, 12 * 10 * 3)
+    suffixes = [whole, whole - qkv, values + project + 2 * ffn, project + 2 * ffn, 2 * ffn, ffn]
+    assert block.search_operations == 3 * 10 * 2 * sum(suffixes)
+    assert block.captured_bytes == 3 * 4 * 64 * 8
+    assert plan.blocks[0].captured_bytes == 4 * (3 * 32 * 32 + 2 * 64 * 8)
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        (dict(shortlist=6), (2 * 2 * 20, 2 * 2 * 6)),
+        (dict(shortlist=30), (0, 2 * 2 * 20)),
+        (dict(metric="module", shortlist=6), (2 * 2 * 20, 0)),
+    ],
+)
+def test_where_candidates_are_judged(swin_images, search, expected):
+    used = recipe("apq", search=dict(rounds=2, grids=short_grids(20), **search))
+    embed = plan_of(build_swin(), used, swin_images).blocks[0]
+    assert (embed.ranked, embed.judged) == expected
+    assert embed.search_operations == sum(expected) * embed.operations
+
+
+def test_formats_that_bound_their_range_have_fewer_candidates(swin_images):
+    used = recipe("apq", search=dict(rounds=1, grids=dict(short_grids(10), MatMul=(0.5, 1.4, 10))))
+    block = plan_of(build_swin(), used, swin_images).blocks[1]
+    assert block.judged == 11 * 10 + 6  # of attention maps, 0.9 and above
+
+
+def test_a_module_that_runs_again_counts_whole():
+    first, second, third = nn.Identity(), nn.Identity(), nn.Identity()
+    call = [(third, 1), (first, 10), (second, 100), (first, 1000)]
+    assert [suffix_operations(call, module) for module in (first, second, third)] == [1110, 1110, 1111]
+    assert suffix_operations(call, nn.Identity()) == 0
+
+
+def test_time_and_memory(swin_images):
+    used = recipe("apq", search=dict(rounds=1, grids=short_grids(4)))
+    plan = plan_of(build_swin(), used, swin_images, budget=20_000)
+    assert plan.pass_seconds == pytest.approx(3 * 4 * plan.seconds)
+    assert plan.search_seconds == pytest.approx(plan.search_operations * plan.seconds / plan.operations)
+    assert plan.disk_bytes == plan.captured_bytes - 10_000
+    anew = recipe("apq", search=dict(rounds=1, grids=short_grids(4), block_input="quantized"))
+    assert plan_of(build_swin(), anew, swin_images).forwards == 4 + 3
+
+
+def test_sizes_are_those_of_the_checkpoint(swin_images):
+    model = build_swin()
+    before = sum(value.nbytes for value in model.state_dict().values())
+    used = recipe("minmax", w_bits=3)
+    quantize_model(model, used.policy)
+    sizes = weight_sizes(model)
+    assert sizes.state_float == before
+    calibrate(model, swin_images, used)
+    packed = packed_state_dict(model)
+    assert sizes.state_packed == sum(value.nbytes for value in packed.values())
+    weights = {k: v for k, v in packed.items() if k.endswith("weight_codes") or ".quantizers.weight." in k}
+    assert sizes.weights_packed == sum(value.nbytes for value in weights.values())
+
+
+def test_the_model_is_left_as_it_was(swin_images):
+    model = build_swin()
+    used = recipe("apq")
+    quantize_model(model, used.policy)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    make_plan(model, swin_images, FeatureTask(), used, BUDGET)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    quantizers = [m for m in model.modules() if hasattr(m, "observed")]
+    assert all(q.observed is None and q.mode is QuantizerMode.QUANTIZE for q in quantizers)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_minmax_searches_nothing(swin_images):
+    plan = plan_of(build_swin(), recipe("minmax"), swin_images)
+    assert (plan.search_operations, plan.captured_bytes, plan.forwards) == (0, 0, 1)
+    text = render_plan(plan)
+    assert "nothing is searched" in text
+    assert "nothing is captured" in text
+
+
+def test_a_grid_without_candidates_is_refused(swin_images):
+    used = recipe("apq", search=dict(grids=dict(short_grids(), MatMul=(0.1, 0.5, 4))))
+    with pytest.raises(BadInputError, match="holds no range factor"):
+        plan_of(build_swin(), used, swin_images)
+
+
+def dry_run(config, work_dir, *options):
+    args = ["--recipe", "apq_fast", "--w-bits", "4", "--a-bits", "4", "--num-calib", "2", "--device", "cpu"]
+    args = [str(config), str(CHECKPOINT), "--work-dir", str(work_dir), *args, "--dry-run", *options]
+    return command.main(args)
+
+
+def test_the_command_prints_the_plan_and_does_nothing(config, tmp_path, capsys):
+    states = tmp_path / "calibration"
+    (states / "apq_capture_left").mkdir(parents=True)
+    (states / "block.pth").write_bytes(b"kept")
+    (states / "run.json").write_text("{}")
+    assert dry_run(config, tmp_path, "--scope", "detector", "--eval-float") == 0
+    text = capsys.readouterr().out
+    assert "plan: MaskRCNN, recipe apq_fast, W4A4, scope detector" in text
+    assert "before sampling (windows = 2, rows = 32)" in text
+    # in the order of execution
+    names = ("backbone.patch_embed", "backbone.stages.3.blocks.1", "neck", "rpn_head", "roi_head.mask_head")
+    rows = [text.index(f"\n{name} ") for name in names]
+    assert rows == sorted(rows)
+    assert {p.name for p in states.iterdir()} == {"apq_capture_left", "block.pth", "run.json"}
+    assert (states / "block.pth").read_bytes() == b"kept"
+    assert not any((tmp_path / name).exists() for name in ("quantized.pth", "config.py", "report.json"))
+
+
+def test_a_dry_run_makes_no_calibration_folder(config, tmp_path):
+    assert dry_run(config, tmp_path, "--no-eval", "--resume") == 0
+    assert not (tmp_path / "calibration").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--w-bits", "9"], "bits must be a whole number"),
+        (["--cfg-options", "model.quant.search.grids.MatMul=(0.1,0.5,4)"], "holds no range factor"),
+    ],
+)
+def test_bad_options(config, tmp_path, capsys, options, message):
+    assert dry_run(config, tmp_path, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_resuming_another_run_is_refused(config, tmp_path, capsys):
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "run.json").write_text("{}")
+    assert dry_run(config, tmp_path, "--resume", "--no-eval") == 2
+    assert "belongs to another run" in capsys.readouterr().err
