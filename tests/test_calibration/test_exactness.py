@@ -1,0 +1,104 @@
+"""One layer of every kind, every objective and granularity: the choice is that of the plain formula in float64."""
+
+import copy
+
+import pytest
+import torch
+from helpers import recipe
+from torch import nn
+
+from apq_mmdet.calibration.blocks import BlockCall
+from apq_mmdet.calibration.search import search_block
+from apq_mmdet.calibration.store import TensorStore
+from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.layers import quantize_model, quantized_layers, quantizers_of
+from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+SIZES = (5, 9, 13)  # units of three images, odd
+CANDIDATES = 24
+LAYERS = {
+    "linear": (nn.Linear(11, 6), lambda n: [torch.randn(n, 3, 11)]),
+    "conv": (nn.Conv2d(3, 4, 3, stride=2), lambda n: [torch.randn(1, 3, n, 7)]),
+    "deconv": (nn.ConvTranspose2d(3, 4, 2, stride=2), lambda n: [torch.randn(1, 3, n, 3)]),
+    "query_key": (FloatQueryKeyProduct(2), lambda n: [torch.randn(n, 2, 7, 5), torch.randn(n, 2, 7, 5)]),
+    "attention_value": (
+        FloatAttentionValueProduct(2),
+        lambda n: [torch.randn(n, 2, 7, 7).mul(3).softmax(-1), torch.randn(n, 2, 7, 5)],
+    ),
+}
+GRANULARITIES = {
+    "linear": ["tensor", "channel", 3],
+    "conv": ["tensor", "channel"],
+    "deconv": ["tensor", "channel"],
+    "query_key": ["tensor", "head"],
+    "attention_value": ["tensor", "head"],
+}
+ROLES = {"query_key": ["query", "key"], "attention_value": ["attention", "value"]}
+OBJECTIVES = [
+    dict(type="hessian"),
+    dict(type="mse"),
+    *(dict(type="hessian", eliminate=0.1, eliminate_by=by) for by in ("error", "gradient", "weighted")),
+    dict(type="mse", eliminate=0.3, eliminate_by="error"),
+]
+
+
+def plain_errors(model, calls, layer, role, factors, objective):
+    """Each candidate by the formula: sort, drop the lowest, add up, in float64."""
+    errors = []
+    for factor in factors:
+        layer.quantizers[role].set_range_factor(factor)
+        total = 0.0
+        for call in calls:
+            e = (model(*(x.double() for x in call.args)) - call.outputs[0]).reshape(-1)
+            g = call.grads[0].double().reshape(-1)
+            cost = e.square() if objective["type"] == "mse" else (g * e).square()
+            rank = {"error": e, "gradient": g, "weighted": g * e}[objective.get("eliminate_by", "error")].abs()
+            kept = rank.argsort()[int(objective.get("eliminate", 0.0) * len(e)) :]
+            total += float(cost[kept].sum())
+        errors.append(total)
+    return errors
+
+
+@pytest.mark.parametrize("metric", ["module", "block"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize(("kind", "granularity"), [(k, g) for k, found in GRANULARITIES.items() for g in found])
+def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
+    layer, inputs = LAYERS[kind]
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    roles = ROLES.get(kind, ["weight"])
+    settings = recipe(
+        "apq",
+        formats=dict(all={role: dict(granularity=granularity) for role in roles}),
+        search=dict(
+            grids=dict.fromkeys(("Linear", "Conv2d", "ConvTranspose2d", "MatMul"), (0.6, 1.1, CANDIDATES)),
+            objective=objective,
+            metric=metric,
+            rounds=1,
+        ),
+    )
+    quantize_model(model, settings.policy)
+    ((_, quantized),) = quantized_layers(model)
+    calls = []
+    with torch.no_grad(), quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE):
+        for image, size in enumerate(SIZES):
+            args = tuple(inputs(size))
+            output = quantized(*args)
+            calls.append(BlockCall(args, {}, [output], [torch.randn_like(output)], image))
+    if "weight" in quantized.quantizers:
+        quantized.quantizers["weight"].observe(quantized.weight)
+    units = UnitCalls(TensorStore(memory=2**20), "layer")
+    for call in calls:
+        units.add(to_units(quantized, call)[1])
+    got = search_block(quantized, units, settings.search)
+    exact = copy.deepcopy(quantized).double()
+    for quantizer in quantizers_of(exact):
+        quantizer.scale = quantizer.scale.float()
+        quantizer.set_range_factor(1.0)
+    assert set(got) == set(quantized.roles)
+    for role in quantized.roles:  # in the order of the search
+        factors = settings.search.factors(quantized.kind, quantized.quantizers[role].min_factor)
+        with torch.no_grad():
+            errors = plain_errors(exact, calls, exact, role, factors, objective)
+        assert errors[factors.index(got[role])] == pytest.approx(min(errors), rel=1e-5)
+        exact.quantizers[role].set_range_factor(got[role])
