@@ -14,6 +14,7 @@ from apq_mmdet.calibration.blocks import partition, watch_blocks
 from apq_mmdet.calibration.distributed import gather, is_first, own_images
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.progress import Progress, SearchBar
+from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.search import search_block
@@ -193,24 +194,27 @@ def _search_blocks(
     seed: int,
 ) -> list[BlockReport]:
     order = list(dict.fromkeys(name for names in gather(store.blocks) for name in names))
+    inputs = QuantizedInputs(model, blocks, samples, task, store) if search.block_input == "quantized" else None
     reports = []
     with SearchBar({name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_first()) as bar:
         for position, name in enumerate(order):
             start = time.perf_counter()
             bar.begin(name)
+            if inputs is not None:
+                inputs.capture(name)
             kept = gather(states.load(name) if states is not None else None)[0]
             if kept is not None:
                 _load_quantizers(blocks[name], kept["state"])
                 reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
             else:
-                if search.block_input == "quantized":
-                    _recapture_inputs(model, blocks, order[position:], samples, task, store)
                 factors = _search_one(blocks[name], name, store, search, bar, seed + position)
                 seconds = time.perf_counter() - start
                 if states is not None:
                     state = _quantizer_state(blocks[name])
                     states.save(name, {"state": state, "factors": factors, "seconds": seconds})
                 reports.append(BlockReport(name, seconds, factors, resumed=False))
+            if inputs is not None:
+                inputs.finish(name)
             bar.finish()
     return reports
 
@@ -220,7 +224,7 @@ def _search_one(
 ) -> dict[str, float]:
     calls = UnitCalls(store, name)
     module = block
-    for call in store.take_calls(name):
+    for call in store.take_calls(name, keep_inputs=search.block_input == "quantized"):
         if search.windows or search.rows:
             with float_only(block):
                 call = sample_call(block, call, search, seed)
@@ -228,33 +232,9 @@ def _search_one(
         calls.add(units)
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
-
     factors = search_block(module, calls, search, progress)
     calls.drop()
     return factors
-
-
-def _recapture_inputs(
-    model: nn.Module,
-    blocks: dict[str, nn.Module],
-    remaining: list[str],
-    samples: Sequence[Any],
-    task: CalibrationTask,
-    store: CaptureStore,
-) -> None:
-    """Exchange the float inputs of the first remaining block by those that the quantized blocks before it give."""
-    name = remaining[0]
-    still_float = [q for later in remaining for q in quantizers_of(blocks[later])]
-    for image in own_images(len(samples)):
-        inputs: list[tuple[tuple, dict]] = []
-
-        def see(_: str, args: tuple, kwargs: dict, output: Any, inputs: list = inputs) -> None:
-            inputs.append((args, kwargs))
-
-        with quantizer_mode(still_float, QuantizerMode.FLOAT), watch_blocks({name: blocks[name]}, see):
-            task.student(model, samples[image], store.get(("teacher", image))[1])
-        for index, (args, kwargs) in enumerate(inputs):
-            store.replace_input(name, image, index, args, kwargs)
 
 
 def _quantizer_state(block: nn.Module) -> dict[str, Tensor]:

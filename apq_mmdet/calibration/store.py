@@ -111,11 +111,19 @@ class CaptureStore(TensorStore):
         """Keep the gradients at the outputs of one call."""
         self.put((block, image, index, "grads"), grads)
 
-    def take_calls(self, block: str) -> Iterator[BlockCall]:
-        """The captured calls of a block in the order of the images; each is forgotten once it was taken."""
+    def number_of_calls(self, block: str, image: int) -> int:
+        """How often a block was called on an image."""
+        return sum(1 for i, _ in self._calls.get(block, []) if i == image)
+
+    def take_calls(self, block: str, keep_inputs: bool = False) -> Iterator[BlockCall]:
+        """The captured calls of a block in the order of the images; each is forgotten once it was taken.
+
+        Args:
+            keep_inputs: keep the inputs for ``get((block, image, index, "input"))``.
+        """
         for image, index in sorted(self._calls.get(block, [])):
             args, kwargs = self.get((block, image, index, "input"))
             outputs, grads = (self.get((block, image, index, part)) for part in ("output", "grads"))
             yield BlockCall(tuple(args), kwargs, outputs, grads, image)
-            for part in ("input", "output", "grads"):
+            for part in ("output", "grads") if keep_inputs else ("input", "output", "grads"):
                 self.drop((block, image, index, part))

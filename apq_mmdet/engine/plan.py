@@ -106,8 +106,7 @@ class Plan:
         """Float forwards that one image takes beside the search."""
         if self.recipe.search is None:
             return 1
-        recaptures = len(self.blocks) if self.recipe.search.block_input == "quantized" else 0
-        return 1 + GRADIENT_PASS + recaptures
+        return 1 + GRADIENT_PASS + (self.recipe.search.block_input == "quantized")
 
     @property
     def pass_seconds(self) -> float:
@@ -302,7 +301,7 @@ def _time_lines(plan: Plan) -> list[str]:
     sampled = [f"{key} = {getattr(search, key)}" for key in ("windows", "rows") if getattr(search, key)]
     parts = f"float pass 1, gradients about {GRADIENT_PASS}"
     if search.block_input == "quantized":
-        parts += ", inputs of each block anew"
+        parts += ", quantized inputs 1"
     before = f", before sampling ({', '.join(sampled)})" if sampled else ""
     return [
         f"search: at most {_number(plan.search_operations)} operations on {plan.images} images{before}",

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from apq_mmdet.calibration import FeatureTask, calibrate
+from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model, quantizers_of
@@ -66,6 +68,45 @@ def test_block_inputs_matter():
     first, second = results
     assert first[0].factors == second[0].factors  # nothing quantized comes before the first block
     assert [b.factors for b in first[1:]] != [b.factors for b in second[1:]]
+
+
+def test_quantized_inputs_take_one_replay_in_total(monkeypatch):
+    """Each block runs once per image for it: the same number of runs as with float inputs, and one more."""
+    runs = {}
+    for block_input in ("float", "quantized"):
+        settings = recipe("apq", search=dict(grids=short_grids(1), rounds=1, block_input=block_input))
+        model = quantized_swin(settings)
+        count = runs.setdefault(block_input, Counter())
+        for name, block in partition(model).items():
+            block.register_forward_hook(lambda *_, name=name, count=count: count.update([name]))
+        calibrate(model, IMAGES, settings)
+    assert set(runs["float"].values()) == {2 * len(IMAGES)}  # the float and the disturbed pass; views do the rest
+    extra = runs["quantized"] - runs["float"]
+    # the replayed forward of a finished block is counted too, but costs nothing
+    assert list(extra.values()) == [len(IMAGES) * n for n in reversed(range(1, len(extra) + 1))]
+
+
+def test_quantized_inputs_are_those_of_the_quantized_model():
+    settings = recipe("apq", search=dict(grids=short_grids(2), rounds=1, block_input="quantized"))
+    model, seen, given = quantized_swin(settings), {}, {}
+    monkey = CaptureStore.replace_input
+
+    def note(self, block, image, index, args, kwargs):
+        given[block, image] = args[0].clone()
+        monkey(self, block, image, index, args, kwargs)
+
+    CaptureStore.replace_input = note
+    try:
+        calibrate(model, IMAGES, settings)
+    finally:
+        CaptureStore.replace_input = monkey
+    for name, block in partition(model).items():
+        block.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].clone()))
+    with torch.no_grad():
+        for x in IMAGES:
+            model(x)
+    assert len(given) == len(IMAGES) * len(seen)
+    assert all(torch.equal(x, seen[name][image]) for (name, image), x in given.items())
 
 
 def test_search_beats_min_max_on_its_own_loss():

@@ -1,0 +1,83 @@
+"""Block inputs as the quantized blocks before give them: one replay of the model in total, however many blocks."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from apq_mmdet.calibration.distributed import own_images
+from apq_mmdet.calibration.importance import CalibrationTask
+from apq_mmdet.calibration.store import CaptureStore
+
+
+class _Reached(Exception):
+    """The wanted block has been called as often as in the float pass: what follows is of no interest."""
+
+
+class QuantizedInputs:
+    """Runs each block once per image; what comes between blocks (norms, reshapes) is run again for each block.
+
+    Blocks that are finished hand out their stored quantized outputs instead of running again.
+
+    Args:
+        model, samples, task: as for ``calibrate``.
+        blocks: all blocks by name.
+        store: holds the teacher's outputs and the blocks' inputs, and takes their quantized outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: dict[str, nn.Module],
+        samples: Sequence[Any],
+        task: CalibrationTask,
+        store: CaptureStore,
+    ) -> None:
+        self._model, self._blocks, self._samples, self._task, self._store = model, blocks, samples, task, store
+        self._finished: list[str] = []
+
+    def capture(self, name: str) -> None:
+        """Exchange the stored float inputs of a block, all blocks before which are finished."""
+        for image in own_images(len(self._samples)):
+            number = self._store.number_of_calls(name, image)
+            inputs: list[tuple[tuple, dict]] = []
+
+            def see(_: nn.Module, args: tuple, kwargs: dict, inputs: list = inputs, number: int = number) -> None:
+                inputs.append((args, kwargs))
+                if len(inputs) == number:
+                    raise _Reached
+
+            if not number:
+                continue
+            handle = self._blocks[name].register_forward_pre_hook(see, with_kwargs=True)
+            try:
+                with self._replayed(image), contextlib.suppress(_Reached):
+                    self._task.student(self._model, self._samples[image], self._store.get(("teacher", image))[1])
+            finally:
+                handle.remove()
+            for index, (args, kwargs) in enumerate(inputs):
+                self._store.replace_input(name, image, index, args, kwargs)
+
+    def finish(self, name: str) -> None:
+        """Run a block, now quantized, on its stored inputs and keep its outputs."""
+        for image in own_images(len(self._samples)):
+            for index in range(self._store.number_of_calls(name, image)):
+                args, kwargs = self._store.get((name, image, index, "input"))
+                self._store.put((name, image, index, "quantized"), self._blocks[name](*args, **kwargs))
+                self._store.drop((name, image, index, "input"))
+        self._finished.append(name)
+
+    @contextlib.contextmanager
+    def _replayed(self, image: int) -> Iterator[None]:
+        for name in self._finished:
+            self._blocks[name].__dict__["forward"] = self._replay(name, image)
+        try:
+            yield
+        finally:
+            for name in self._finished:
+                del self._blocks[name].__dict__["forward"]
+
+    def _replay(self, name: str, image: int) -> Any:
+        calls = iter(range(self._store.number_of_calls(name, image)))
+        return lambda *_, **__: self._store.get((name, image, next(calls), "quantized"))
