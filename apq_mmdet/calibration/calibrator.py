@@ -193,7 +193,7 @@ def _search_blocks(
     states: BlockStates | None,
     seed: int,
 ) -> list[BlockReport]:
-    order = list(dict.fromkeys(name for names in gather(store.blocks) for name in names))
+    order = [name for name in store.order() if quantizers_of(blocks[name])]  # a block may have been left float
     inputs = QuantizedInputs(model, blocks, samples, task, store) if search.block_input == "quantized" else None
     reports = []
     with SearchBar({name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_first()) as bar:
@@ -205,6 +205,7 @@ def _search_blocks(
             kept = gather(states.load(name) if states is not None else None)[0]
             if kept is not None:
                 _load_quantizers(blocks[name], kept["state"])
+                store.drop_calls(name, keep_inputs=inputs is not None)
                 reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
             else:
                 factors = _search_one(blocks[name], name, store, search, bar, seed + position)

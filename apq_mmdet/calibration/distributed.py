@@ -8,8 +8,9 @@ from typing import Any
 
 from mmengine.dist import all_gather_object, get_dist_info
 
-from apq_mmdet.calibration.units import SHARD
 from apq_mmdet.errors import CalibrationError
+
+SHARD = 8  # neighbouring images whose small calls share a tile; the least number of images that a process is given
 
 
 def own_images(number: int) -> list[int]:

@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
@@ -80,4 +82,9 @@ class QuantizedInputs:
 
     def _replay(self, name: str, image: int) -> Any:
         calls = iter(range(self._store.number_of_calls(name, image)))
-        return lambda *_, **__: self._store.get((name, image, next(calls), "quantized"))
+
+        def forward(*_: Any, **__: Any) -> Any:
+            output = self._store.get((name, image, next(calls), "quantized"))
+            return tree_map_only(Tensor, torch.clone, output)  # what follows may modify it in place
+
+        return forward

@@ -17,14 +17,14 @@ from apq_mmdet.quantizers import Quantizer, QuantizerMode
 def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterator[None]:
     """Context in which every quantized weight but the searched one is quantized once, not in each replay."""
     fixed: list[Quantizer] = []
-    for _, layer in quantized_layers(block):
-        if "weight" not in layer.quantizers or (layer is target and role == "weight"):
-            continue
-        quantizer = layer.quantizers["weight"]
-        if quantizer.mode is QuantizerMode.QUANTIZE:
-            quantizer.fixed = quantizer(layer.weight)
-            fixed.append(quantizer)
     try:
+        for _, layer in quantized_layers(block):
+            if "weight" not in layer.quantizers or (layer is target and role == "weight"):
+                continue
+            quantizer = layer.quantizers["weight"]
+            if quantizer.mode is QuantizerMode.QUANTIZE:
+                quantizer.fixed = quantizer(layer.weight)
+                fixed.append(quantizer)
         yield
     finally:
         for quantizer in fixed:
@@ -130,6 +130,8 @@ def layer_calls(
     finally:
         for handle in handles:
             handle.remove()
+    if not seen or not output.requires_grad:  # none of them ran, or none of those that ran has a say in the output
+        return []
     outputs = [layer_output for _, _, layer_output in seen]
     grads = torch.autograd.grad(output, outputs, grad_outputs=call.grads, allow_unused=True)
     return [

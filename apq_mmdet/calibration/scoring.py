@@ -140,6 +140,8 @@ def best_candidate(
     full: dict[int, float] = {}
 
     def evaluate(candidates: list[int]) -> None:
+        if not candidates:
+            return
         for candidate, error in zip(candidates, errors(candidates, 1.0).tolist(), strict=True):
             full[candidate] = error if error == error else float("inf")
 

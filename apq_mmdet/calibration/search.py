@@ -170,20 +170,24 @@ class SlotErrors:
 def _slots(module: nn.Module, calls: UnitCalls, order: str) -> list[Slot]:
     """The block's quantizers in search order: layers by execution, within a layer by role."""
     layers = dict(quantized_layers(module))
-    executed: list[str] = []
+    executed: list[list[str]] = [[]]
     handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: executed.append(name)) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda *_, name=name: executed[-1].append(name))
+        for name, layer in layers.items()
     ]
+    seen: list[tuple[int, list[str]]] = []
     try:
-        if len(calls):
-            call = calls.smallest()
+        for call in calls.kinds():
+            executed.append([])
             with float_only(module):
                 module(*call.args, **call.kwargs)
+            seen.append((call.image, executed[-1]))
     finally:
         for handle in handles:
             handle.remove()
-    found = next(names for names in gather(executed) if names)  # a process may have no call of this block
-    ordered = list(dict.fromkeys(found))
+    # in the order of the images, not of the processes; a layer that none of these calls ran comes last
+    merged = sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0])
+    ordered = list(dict.fromkeys([*(name for _, names in merged for name in names), *layers]))
     if order == "backward":
         ordered.reverse()
     return [

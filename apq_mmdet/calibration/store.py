@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from apq_mmdet.calibration.blocks import BlockCall, tensors_of
+from apq_mmdet.calibration.distributed import gather
 
 TENSOR = object()  # stands for a tensor in the structure of a kept tree
 
@@ -111,6 +112,11 @@ class CaptureStore(TensorStore):
         """Keep the gradients at the outputs of one call."""
         self.put((block, image, index, "grads"), grads)
 
+    def order(self) -> list[str]:
+        """The blocks of all processes by their first call, whichever process made it."""
+        own = [(calls[0][0], position, name) for position, (name, calls) in enumerate(self._calls.items())]
+        return list(dict.fromkeys(name for *_, name in sorted(entry for part in gather(own) for entry in part)))
+
     def number_of_calls(self, block: str, image: int) -> int:
         """How often a block was called on an image."""
         return sum(1 for i, _ in self._calls.get(block, []) if i == image)
@@ -125,5 +131,13 @@ class CaptureStore(TensorStore):
             args, kwargs = self.get((block, image, index, "input"))
             outputs, grads = (self.get((block, image, index, part)) for part in ("output", "grads"))
             yield BlockCall(tuple(args), kwargs, outputs, grads, image)
-            for part in ("output", "grads") if keep_inputs else ("input", "output", "grads"):
-                self.drop((block, image, index, part))
+            self._drop_call(block, image, index, keep_inputs)
+
+    def drop_calls(self, block: str, keep_inputs: bool) -> None:
+        """Forget the calls of a block that is not searched again."""
+        for image, index in self._calls.get(block, []):
+            self._drop_call(block, image, index, keep_inputs)
+
+    def _drop_call(self, block: str, image: int, index: int, keep_inputs: bool) -> None:
+        for part in ("output", "grads") if keep_inputs else ("input", "output", "grads"):
+            self.drop((block, image, index, part))

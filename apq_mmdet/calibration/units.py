@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from apq_mmdet.calibration.blocks import BlockCall
+from apq_mmdet.calibration.distributed import SHARD
 from apq_mmdet.calibration.store import TensorStore
 
 TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
-SHARD = 8  # images whose small calls share a tile; the least number of images that a process is given
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class UnitCall:
 
 def rows_of(outputs: list[Tensor], units: int) -> Tensor:
     """Outputs of a module as [units, elements]."""
-    rows = [output.reshape(units, -1) for output in outputs]
+    rows = [output.reshape(1, -1) if units == 1 else output.flatten(1) for output in outputs]
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
@@ -145,6 +145,7 @@ class UnitCalls:
         self._calls: list[UnitCall] = []  # without tensors
         self._energies: list[float] = []
         self._sizes: list[int] = []
+        self._signatures: list[str] = []
 
     def add(self, call: UnitCall) -> None:
         """Append a call; one without output elements (no RoIs) says nothing and is left out."""
@@ -154,6 +155,7 @@ class UnitCalls:
         self._store.put((self._key, len(self._calls)), tensors)
         self._energies.append(float(call.grads.double().square().sum()))
         self._sizes.append(call.targets.numel())
+        self._signatures.append(call.signature)
         empty = torch.empty(0)
         self._calls.append(replace(call, args=(), kwargs={}, targets=empty, grads=empty, padding=empty))
 
@@ -174,9 +176,9 @@ class UnitCalls:
         """Size of all targets."""
         return 4 * sum(self._sizes)
 
-    def smallest(self) -> UnitCall:
-        """A call with as few elements as there are."""
-        return self[self._sizes.index(min(self._sizes))]
+    def kinds(self) -> Iterator[UnitCall]:
+        """The first call of each signature."""
+        return (self[self._signatures.index(kind)] for kind in dict.fromkeys(self._signatures))
 
     def most_important(self, share: float) -> Iterator[UnitCall]:
         """All calls whose units can be judged apart, and a share of the others: those of largest gradient."""

@@ -96,6 +96,8 @@ def build_config(args: argparse.Namespace) -> Config:
     for key in ("w_bits", "a_bits"):
         if getattr(args, key) is not None:
             settings[key] = check_bits(getattr(args, key), "--" + key.replace("_", "-"))
+    if args.memory_budget <= 0:
+        raise BadInputError(f"--memory-budget must be above 0, got {args.memory_budget:g}")
     if args.scope:
         settings["scope"] = args.scope
     cfg = quantized_config(read_config(args.config), args.recipe, settings)

@@ -89,7 +89,9 @@ class PTQLoop(TestLoop):
                 self.states = BlockStatesOnDisk(self.work_dir / STATES, conditions, resume)
             elif resume:
                 refuse_other_run(self.work_dir / STATES, conditions)
-        barrier()  # the folder is there, and clean
+        barrier()  # the folder is clean
+        if not dry_run:  # the nodes need not share it
+            (self.work_dir / STATES).mkdir(parents=True, exist_ok=True)
 
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
         try:

@@ -1,6 +1,6 @@
 """Views of mmdet's blocks as independent units: windows of Swin blocks, patches of embeddings, RoIs of heads."""
 
-from typing import Any
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,14 @@ SEPARATED = -100.0  # what mmdet adds to the logits of tokens that a shifted win
 
 
 @register_view(SwinBlock)
-def windows(block: SwinBlock, call: BlockCall) -> View:
+def windows(block: SwinBlock, call: BlockCall) -> View | None:
     """Windows of N tokens, padded, shifted and partitioned as ShiftWindowMSA does."""
+    if not (_runs(block, SwinBlock) and _runs(block.attn, ShiftWindowMSA)):
+        return None
     names = ("x", "hw_shape")
     x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
+    if len(x) != 1:
+        return None
     token, region = window_layout(block.attn, height, width)
     token = token.to(x.device)
     padded = token == 0  # [n, N]
@@ -87,10 +91,12 @@ class RegionMask(nn.Module):
 
 
 @register_view(PatchMerging)
-def merged_patches(block: PatchMerging, call: BlockCall) -> View:
+def merged_patches(block: PatchMerging, call: BlockCall) -> View | None:
     """Patches, unfolded: [patches, K]."""
     names = ("x", "input_size")
     x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
+    if not _runs(block, PatchMerging) or len(x) != 1:
+        return None
     grid = x.view(1, height, width, -1).permute(0, 3, 1, 2)
     grid = block.adap_padding(grid) if block.adap_padding else grid
     return View(MergedPatches(block), (block.sampler(grid)[0].t().contiguous(),), lambda t: t[0])
@@ -112,10 +118,10 @@ class MergedPatches(nn.Module):
 def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
     (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
-    x = block.adap_padding(x) if block.adap_padding else x
     conv = block.projection
-    if any(conv.padding) or any(d != 1 for d in conv.dilation):
+    if not _runs(block, PatchEmbed) or len(x) != 1 or any(conv.padding) or any(d != 1 for d in conv.dilation):
         return None
+    x = block.adap_padding(x) if block.adap_padding else x
     patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0].t()
     patches = patches.reshape(-1, conv.in_channels, *conv.kernel_size)
     return View(EmbeddedPatches(block), (patches,), lambda t: t[0])
@@ -135,7 +141,13 @@ class EmbeddedPatches(nn.Module):
 
 
 @register_view(BBoxHead, FCNMaskHead)
-def rois(block: nn.Module, call: BlockCall) -> View:
+def rois(block: nn.Module, call: BlockCall) -> View | None:
     """RoIs are independent as they are."""
-    args: tuple[Any, ...] = (*call.args, *call.kwargs.values())
-    return View(block, args, lambda t: t)
+    bound = inspect.signature(block.forward).bind(*call.args, **call.kwargs)
+    bound.apply_defaults()
+    return None if bound.kwargs else View(block, bound.args, lambda t: t)
+
+
+def _runs(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module computes what its class does in mmdet, not what a subclass made of it."""
+    return type(module).forward is cls.forward

@@ -79,12 +79,22 @@ class AffineQuantizer(Quantizer):
 
         Bounding q - z spares adding z to x and taking it off again.
         """
+        if self.scale.is_inference():  # such tensors do not say when they are modified
+            self._made = None
+            return self._bounds(x)
         shape = (x.dim(), x.shape[self.axis]) if self.groups > 1 else None
         key = (shape, self.scale._version, self.zero_point._version)
         made = self._made
         if made is None or made[0] is not self.scale or made[1] is not self.zero_point or made[2] != key:
-            low = (self.code_min - self.zero_point).to(self.scale.dtype)  # [G]
-            high = low + (self.code_max - self.code_min)
-            values = tuple(self.per_element(p, x) for p in (self.scale, low, high))
-            made = self._made = (self.scale, self.zero_point, key, values)
+            made = self._made = (self.scale, self.zero_point, key, self._bounds(x))
         return made[3]
+
+    def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low = (self.code_min - self.zero_point).to(self.scale.dtype)  # [G]
+        high = low + (self.code_max - self.code_min)
+        scale, low, high = (self.per_element(p, x) for p in (self.scale, low, high))
+        return scale, low, high
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without what was made for the original."""
+        return {**self.__dict__, "_made": None, "fixed": None}

@@ -266,3 +266,78 @@ def test_training_mode_and_gradients_are_restored():
     calibrate(model, IMAGES[:1], settings)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Wide(nn.Module):
+    """One block whose second layer runs for wide inputs only, not on the first image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y) if len(x) > 3 else y
+
+
+@pytest.mark.parametrize("name", ["apq", "apq_fast"])
+def test_a_layer_that_some_calls_skip_is_searched(name, monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Wide])
+    settings = recipe(name, search=dict(grids=short_grids(4)))
+    model = Wide()
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(n, 4) for n in (2, 6, 2)], settings)
+    assert set(report.blocks[0].factors) == {"a.weight", "a.input", "b.weight", "b.input"}
+
+
+class Dead(nn.Module):
+    """A block whose layer never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x * 2
+
+
+def test_a_block_whose_layers_were_left_float_is_passed_over(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Dead])
+    settings = recipe("apq", search=dict(grids=short_grids(4)), on_unseen="float")
+    model = nn.Sequential(nn.Linear(4, 4), Dead(), nn.Linear(4, 4))
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(3, 4)], settings)
+    assert report.left_float == ["1.layer"]
+    assert [block.block for block in report.blocks] == ["0", "2"]
+
+
+class InPlaceSkip(nn.Module):
+    """What follows a block changes its output in place, and uses it again later."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.a(x)
+        y += x
+        return self.c(self.b(y) + y)
+
+
+def test_quantized_inputs_with_outputs_modified_in_place():
+    settings = recipe("apq", search=dict(grids=short_grids(4), block_input="quantized"))
+    images, states = [torch.randn(5, 4) for _ in range(2)], []
+    for budget in (0, 2**20):
+        torch.manual_seed(0)
+        model = InPlaceSkip()
+        quantize_model(model, settings.policy)
+        calibrate(model, images, settings, memory_budget=budget)
+        states.append(packed_state_dict(model))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_nan_in_every_error_is_an_error_with_the_layers_name(monkeypatch):
+    settings = recipe("apq", search=dict(grids=short_grids(20)))
+    monkeypatch.setattr("apq_mmdet.calibration.objectives.HessianObjective.cost", lambda self, e, g: e * float("nan"))
+    with pytest.raises(CalibrationError, match=r"projection.weight: the error of every candidate"):
+        calibrate(quantized_swin(settings), IMAGES, settings)

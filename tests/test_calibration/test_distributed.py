@@ -9,8 +9,7 @@ from helpers import build_swin, recipe, short_grids
 from torch import distributed
 
 from apq_mmdet.calibration import calibrate
-from apq_mmdet.calibration.distributed import own_images
-from apq_mmdet.calibration.units import SHARD
+from apq_mmdet.calibration.distributed import SHARD, own_images
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model
 

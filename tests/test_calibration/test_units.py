@@ -1,7 +1,10 @@
 import pytest
 import torch
 from helpers import build_swin, recipe
+from mmdet.models.backbones.swin import SwinBlock
 from mmdet.models.layers import PatchEmbed, PatchMerging
+from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
+from mmdet.models.roi_heads.mask_heads import HTCMaskHead
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
@@ -101,3 +104,34 @@ def test_empty_calls_say_nothing():
     x = torch.zeros(0, 4)
     calls.add(to_units(nn.Linear(4, 4), BlockCall((x,), {}, [x], [x], 0))[1])
     assert len(calls) == 0
+
+
+def test_heads_without_rois_say_nothing_and_keyword_arguments_keep_their_names():
+    head = Shared2FCBBoxHead(in_channels=2, roi_feat_size=2, fc_out_channels=4, num_classes=3)
+    calls = UnitCalls(TensorStore(memory=10**6), "b")
+    for image, number in enumerate((0, 3)):
+        x = torch.randn(number, 2, 2, 2)
+        outputs = list(head(x))
+        calls.add(to_units(head, BlockCall((), {"x": x}, outputs, outputs, image))[1])
+    assert [(c.image, tuple(c.targets.shape)) for c in calls] == [(1, (3, 4 + 3 * 4))]
+    mask_head = HTCMaskHead(num_convs=1, in_channels=2, conv_out_channels=2, num_classes=3)
+    x = torch.randn(2, 2, 2, 2)
+    with torch.no_grad():
+        output = mask_head(x, return_feat=False)
+        output = output[0] if isinstance(output, (list, tuple)) else output
+        view, units = to_units(mask_head, BlockCall((x,), {"return_feat": False}, [output], [output], 0))
+        assert torch.equal(rows_of(tensors_of(view(*units.args, **units.kwargs)), len(units.targets)), units.targets)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_only_what_mmdet_itself_computes_is_taken_apart(images):
+    class Scaled(SwinBlock):
+        def forward(self, x, hw_shape):
+            return 2 * super().forward(x, hw_shape)
+
+    for cls in (SwinBlock, Scaled):
+        block = cls(8, 2, 16)
+        x = torch.randn(images, 49, 8)
+        _, units = to_units(block, BlockCall((x, (7, 7)), {}, [x], [x], 0))
+        assert units.separable == (cls is SwinBlock and images == 1)
+        assert units.targets.numel() == x.numel()

@@ -191,6 +191,10 @@ def test_quantizing_twice_is_refused(result, config, tmp_path, capsys):
         (["--num-calib", "99"], "99 calibration images asked for, the training set holds 8"),
         (["--calib-dir", "nowhere"], "calibration folder nowhere does not exist"),
         (["--device", "tpu"], "--device must be"),
+        (["--memory-budget", "0"], "--memory-budget must be above 0, got 0"),
+        (["--launcher", "pytorch"], "RANK is not set; start the command with torchrun"),
+        (["--launcher", "slurm"], "SLURM_PROCID is not set; start the command with srun"),
+        (["--launcher", "mpi"], "OMPI_COMM_WORLD_RANK is not set; start the command with mpirun"),
         (["--cfg-options", "model.quant.overrides.mine.pattern=*.qvk"], "'\\*.qvk'.*matches no layer"),
         (["--cfg-options", "model.quant.overrides.mine=1"], "overrides.mine: expected dict"),
         (["--cfg-options", "test_pipeline.99.type=Resize"], "--cfg-options: .*99"),
@@ -337,3 +341,17 @@ def test_two_processes_give_the_same_bytes_and_ap(result, config, tmp_path):
     assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
     alone, together = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path))
     assert together["quantized"] == alone["quantized"]
+
+
+def test_processes_of_another_launcher(result, config, tmp_path, free_port):
+    """Two processes that know their rank as mpirun tells it; small memory, so that captures go to disk."""
+    children = []
+    for rank in range(2):
+        ranks = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank}
+        told = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in ranks.items()}
+        line = [sys.executable, ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
+        line += ["--no-eval", "--launcher", "mpi", "--memory-budget", "0.001"]
+        environment = {**os.environ, **told, "MASTER_PORT": str(free_port)}
+        children.append(subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    assert [child.wait(300) for child in children] == [0, 0]
+    assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -101,3 +103,20 @@ def test_observed_range_grows_and_ignores_empty_tensors():
 def test_uncalibrated_is_refused():
     with pytest.raises(UncalibratedError, match="quantize_det"):
         AffineQuantizer(4)(torch.ones(1))
+
+
+def test_copies_and_inference_buffers_use_their_own_parameters():
+    quantizer = AffineQuantizer(4)
+    for scale in (0.1, 0.3):
+        quantizer.set_parameters(torch.tensor([scale]), torch.tensor([8]))
+    x = torch.randn(50) * 3
+    quantizer(x)
+    copied, other = copy.deepcopy(quantizer), AffineQuantizer(4)
+    other.set_parameters(torch.tensor([0.3]), torch.tensor([0]))
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied(x), copied.decode(copied.encode(x)))
+    with torch.inference_mode():
+        made_here = AffineQuantizer(4)
+        for zero_point in (8, 0):
+            made_here.set_parameters(torch.tensor([0.3]), torch.tensor([zero_point]))
+            assert torch.equal(made_here(x), made_here.decode(made_here.encode(x)))
