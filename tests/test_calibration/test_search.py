@@ -93,8 +93,7 @@ def by_layer_forward():
     return [name for pair in reversed(pairs) for name in pair]
 
 
-@pytest.mark.parametrize("recipe_name", ["apq", "apq_pc"])
-@pytest.mark.parametrize("order", ["backward", "forward"])
+@pytest.mark.parametrize(("recipe_name", "order"), [("apq", "backward"), ("apq_pc", "forward")])
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
 def test_same_choices_as_the_plain_formula_in_float64(index, order, recipe_name, monkeypatch):
     settings = recipe(recipe_name, search=dict(grids=short_grids(12), order=order))  # enough to be screened
