@@ -26,6 +26,7 @@ from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MEMORY_BUDGET = 4 * 2**30  # bytes
+HELD = 4  # one part in so many of it holds captured tensors; the rest is for one image's backward pass and the search
 
 
 class BlockStates(Protocol):
@@ -101,7 +102,7 @@ def calibrate(
     was_training = model.training
     model.eval()
     try:
-        with CaptureStore(capture_dir, memory_budget // 2) as store, torch.no_grad():
+        with CaptureStore(capture_dir, memory_budget // HELD) as store, torch.no_grad():
             _float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
             for quantizer in quantizers_of(model):

@@ -13,7 +13,7 @@ from mmengine.dist import get_dist_info
 from torch import nn
 
 from apq_mmdet.calibration.blocks import partition
-from apq_mmdet.calibration.calibrator import check_grids
+from apq_mmdet.calibration.calibrator import HELD, check_grids
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
@@ -126,7 +126,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Captured on the own images and not held in memory."""
-        return max(0, self.captured_bytes - self.memory_budget // 2)
+        return max(0, self.captured_bytes - self.memory_budget // HELD)
 
 
 def make_plan(
@@ -316,7 +316,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _memory_lines(plan: Plan) -> list[str]:
     each = " (each process)" if plan.processes > 1 else ""
-    budget = f"memory: budget {_bytes(plan.memory_budget)}{each}, half of it for captured tensors"
+    budget = f"memory: budget {_bytes(plan.memory_budget)}{each}, a quarter of it for captured tensors"
     if not plan.captured_bytes:
         return [f"memory: budget {_bytes(plan.memory_budget)}{each}; nothing is captured"]
     outputs = f"  captured: {_bytes(plan.captured_bytes)} with the detector's outputs"
