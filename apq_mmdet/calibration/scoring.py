@@ -39,14 +39,13 @@ def candidate_errors(
     parameters = [quantizer.parameters_for(*quantizer.observed, factor) for factor in factors]
     columns: list[tuple[int, Tensor]] = []
     for batch in batches(calls):
-        together = max(1, BUFFER_ELEMENTS // batch.stacked.targets.numel())
         if len(batch.calls) == 1 and not objective.eliminate:
-            together = len(parameters)
-        errors = [
-            _batch_errors(module, batch, layer, role, parameters[start : start + together], objective)
-            for start in range(0, len(parameters), together)
-        ]
-        columns += zip((call.image for call in batch.calls), torch.cat(errors).unbind(1), strict=True)
+            errors = _summed_by_tile(module, batch, layer, role, parameters, objective)
+        else:
+            together = max(1, BUFFER_ELEMENTS // batch.stacked.targets.numel())
+            chunks = (parameters[start : start + together] for start in range(0, len(parameters), together))
+            errors = torch.cat([_batch_errors(module, batch, layer, role, c, objective) for c in chunks])
+        columns += zip((call.image for call in batch.calls), errors.unbind(1), strict=True)
     return columns
 
 
@@ -59,6 +58,24 @@ def sum_by_image(columns: list[tuple[int, Tensor]], candidates: int) -> Tensor:
     return torch.from_numpy(total)
 
 
+def _summed_by_tile(
+    module: nn.Module,
+    batch: Batch,
+    layer: QuantizedLayer,
+    role: str,
+    parameters: list[tuple[Tensor, Tensor]],
+    objective: Objective,
+) -> Tensor:
+    """Error of each candidate on the one call of a batch, float64 [candidates, 1], for objectives that drop nothing."""
+    total = torch.zeros(len(parameters), 1, dtype=torch.float64, device=batch.stacked.targets.device)
+    for _, _, tile in batch.tiles():
+        grad = tile.grads.reshape(-1)
+        error = torch.empty_like(tile.targets)
+        for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
+            total[candidate] += objective(torch.sub(outputs, tile.targets, out=error).view(-1), grad, 0)
+    return total
+
+
 def _batch_errors(
     module: nn.Module,
     batch: Batch,
@@ -69,16 +86,8 @@ def _batch_errors(
 ) -> Tensor:
     """Error of each candidate on each call of a batch, float64 [candidates, calls].
 
-    An objective that drops elements has to see all elements of a call at once; the others add up tile by tile.
+    The errors of all elements of a call are held at once, because an objective may drop some of them.
     """
-    if len(batch.calls) == 1 and not objective.eliminate:
-        total = torch.zeros(len(parameters), 1, dtype=torch.float64, device=batch.stacked.targets.device)
-        for _, _, tile in batch.tiles():
-            grad = tile.grads.reshape(-1)
-            error = torch.empty_like(tile.targets)
-            for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
-                total[candidate] += objective(torch.sub(outputs, tile.targets, out=error).view(-1), grad, 0)
-        return total
     targets, grads = batch.stacked.targets, batch.stacked.grads  # [U, E]
     errors = targets.new_empty(len(parameters), *targets.shape)  # [candidates, U, E]
     for start, stop, tile in batch.tiles():

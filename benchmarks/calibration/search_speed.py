@@ -57,7 +57,8 @@ def capture(args: argparse.Namespace) -> dict[str, tuple[nn.Module, list[BlockCa
     options = [args.config, args.checkpoint, "--work-dir", "work_dirs/search_speed", "--recipe", "apq", "--no-eval"]
     options += ["--w-bits", str(args.bits), "--a-bits", str(args.bits), "--num-calib", str(args.images)]
     parsed = command.build_parser().parse_args([*options, "--device", "cpu"])
-    loop = Runner.from_cfg(command.build_config(parsed)).build_test_loop(command.build_config(parsed).test_cfg)
+    cfg = command.build_config(parsed)
+    loop = Runner.from_cfg(cfg).build_test_loop(cfg.test_cfg)
     loop.model.eval()
     blocks = {name: block for name, block in partition(loop.model).items() if name in args.blocks}
     with CaptureStore(memory=2**34) as store, torch.no_grad():
@@ -124,7 +125,7 @@ def layer_data(block: nn.Module, calls: list[BlockCall]) -> dict[QuantizedLayer,
     return data
 
 
-def plain_module_error(layer: QuantizedLayer, data: list, eliminate: float) -> float:
+def plain_module_error(layer: QuantizedLayer, data: list) -> float:
     """Weighted squared error of a layer's output over all images."""
     total = 0.0
     for inputs, target, grad in data:
@@ -172,7 +173,7 @@ def plain(
             for factor in factors:
                 layer.quantizers[role].set_range_factor(factor)
                 if search.metric == "module":
-                    errors.append(plain_module_error(layer, data[layer], eliminate))
+                    errors.append(plain_module_error(layer, data[layer]))
                 else:
                     errors.append(plain_block_error(block, calls, eliminate))
             scale = len(grid) * search.rounds / len(factors) if samples else 1.0

@@ -8,8 +8,9 @@ from mmdet.models.roi_heads.mask_heads import HTCMaskHead
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
+from apq_mmdet.calibration.distributed import SHARD
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import SHARD, TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units
+from apq_mmdet.calibration.units import TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units
 from apq_mmdet.layers import float_only, quantize_model
 
 
