@@ -22,7 +22,7 @@ def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterat
             if "weight" not in layer.quantizers or (layer is target and role == "weight"):
                 continue
             quantizer = layer.quantizers["weight"]
-            if quantizer.mode is QuantizerMode.QUANTIZE:
+            if quantizer.mode is not QuantizerMode.FLOAT:
                 quantizer.fixed = quantizer(layer.weight)
                 fixed.append(quantizer)
         yield

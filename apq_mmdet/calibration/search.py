@@ -78,9 +78,7 @@ def search_block(
         settled = True
         for slot in slots:
             progress.quantizer(slot.name)
-            for quantizer in slot.layer.quantizers.values():
-                changes += quantizer.mode is QuantizerMode.FLOAT
-                quantizer.mode = QuantizerMode.QUANTIZE
+            changes += _join(slot.layer)
             if slot.searched_at == changes:
                 continue
             settled = False
@@ -97,6 +95,15 @@ def search_block(
     for quantizer in quantizers_of(module):
         quantizer.mode = QuantizerMode.QUANTIZE
     return {slot.name: slot.factor for slot in slots}
+
+
+def _join(layer: QuantizedLayer) -> int:
+    """Let a layer compute with quantized operands, in integers where they are exact; the number of changes."""
+    mode = QuantizerMode.CODES if layer.exact_in_codes else QuantizerMode.QUANTIZE
+    changes = sum(quantizer.mode is QuantizerMode.FLOAT for quantizer in layer.quantizers.values())
+    for quantizer in layer.quantizers.values():
+        quantizer.mode = mode
+    return changes
 
 
 def _best_factor(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from apq_mmdet.layers.integer import exact_in_codes
 from apq_mmdet.quantizers import Quantizer, QuantizerMode, quantizer_mode
 
 LayerClass = TypeVar("LayerClass", bound=type["QuantizedLayer"])
@@ -42,6 +43,33 @@ class QuantizedLayer(nn.Module, ABC):
     def quantize(self, role: str, x: Tensor) -> Tensor:
         """Pass ``x`` through the quantizer of ``role``, if that role is quantized."""
         return self.quantizers[role](x) if role in self.quantizers else x
+
+    # -- products of integer codes ------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int | None:
+        """Number of products that one output element sums up; None where the layer cannot multiply codes."""
+        return None
+
+    @property
+    def exact_in_codes(self) -> bool:
+        """Whether input and weight are quantized in formats and widths whose codes the layer can multiply exactly."""
+        quantizers = list(self.quantizers.values())
+        if self.depth is None or len(quantizers) < len(self.roles) or not all(q.linear for q in quantizers):
+            return False
+        return exact_in_codes(self.depth, *(int(q.bits) for q in quantizers))
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the quantizers give codes at the moment."""
+        return len(self.quantizers) == len(self.roles) and all(
+            q.mode is QuantizerMode.CODES for q in self.quantizers.values()
+        )
+
+    def code_scale(self) -> Tensor:
+        """What products of codes are to be multiplied by, [1] or [output channels]."""
+        weight, x = self.quantizers["weight"], self.quantizers["input"]
+        return weight.per_element(weight.scale, self.weight).flatten() * x.scale
 
 
 # exact float class -> quantized class; exact, because a subclass may compute something else in its forward

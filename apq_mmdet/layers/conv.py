@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.layers.base import QuantizedLayer, register_layer
+from apq_mmdet.layers.integer import integer_precision, rescale
 
 
 @register_layer(nn.Conv2d)
@@ -17,9 +18,20 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         """See the base class."""
         return (0, self.out_channels) if role == "weight" else (1, self.in_channels)
 
+    @property
+    def depth(self) -> int:
+        """See the base class."""
+        return self.weight[0].numel()
+
     def forward(self, x: Tensor) -> Tensor:
         """Zero padding is exact, because every affine range holds zero."""
-        return self._conv_forward(self.quantize("input", x), self.quantize("weight", self.weight), self.bias)
+        x, weight = self.quantize("input", x), self.quantize("weight", self.weight)
+        if not self.takes_codes:
+            return self._conv_forward(x, weight, self.bias)
+        with integer_precision():
+            product = self._conv_forward(x, weight, None)
+        bias = None if self.bias is None else self.bias.view(-1, 1, 1)
+        return rescale(product, self.code_scale().view(-1, 1, 1), bias)
 
 
 @register_layer(nn.ConvTranspose2d)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.layers.base import QuantizedLayer, register_layer
+from apq_mmdet.layers.integer import integer_precision, rescale
 
 
 @register_layer(nn.Linear)
@@ -17,6 +18,16 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """See the base class."""
         return (0, self.out_features) if role == "weight" else (-1, self.in_features)
 
+    @property
+    def depth(self) -> int:
+        """See the base class."""
+        return self.in_features
+
     def forward(self, x: Tensor) -> Tensor:
         """Linear layer on quantized operands; the bias stays float."""
-        return F.linear(self.quantize("input", x), self.quantize("weight", self.weight), self.bias)
+        x, weight = self.quantize("input", x), self.quantize("weight", self.weight)
+        if not self.takes_codes:
+            return F.linear(x, weight, self.bias)
+        with integer_precision():
+            product = F.linear(x, weight)
+        return rescale(product, self.code_scale(), self.bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.base import Quantizer
+from apq_mmdet.quantizers.fused import Fused
 from apq_mmdet.registry import QUANTIZERS
 
 
@@ -30,6 +31,14 @@ def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(x, high, out=x)
 
 
+@Fused
+def shifted_codes(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``clip(round(x / scale), low, high)``: codes less the zero point, whose bounds are ``low`` and ``high``."""
+    codes = torch.div(x, scale).round_()
+    torch.maximum(codes, low, out=codes)
+    return torch.minimum(codes, high, out=codes)
+
+
 @QUANTIZERS.register_module(name="affine")
 class AffineQuantizer(Quantizer):
     """Uniform quantizer with float scale s and integer zero point z.
@@ -39,6 +48,7 @@ class AffineQuantizer(Quantizer):
     z = 0. The range always holds zero, so that zero padding is exact.
     """
 
+    linear = True
     _made: tuple | None = None  # what _broadcast made last, and from what
 
     def parameters_for(self, low: Tensor, high: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -73,6 +83,10 @@ class AffineQuantizer(Quantizer):
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, scale, low, high)
         return _clip(torch.div(x, scale).round_(), low, high).mul_(scale)
+
+    def shifted_codes(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        return shifted_codes(x, *self._broadcast(x))
 
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and the bounds of q - z against ``x``, made anew when a parameter was replaced or modified.

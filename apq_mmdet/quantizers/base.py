@@ -17,6 +17,7 @@ class QuantizerMode(Enum):
     QUANTIZE = "quantize"  # fake-quantize: the normal state
     FLOAT = "float"  # pass through
     OBSERVE = "observe"  # pass through and widen the observed range
+    CODES = "codes"  # integer codes less the zero point, as floats: the layer multiplies by the scales afterwards
 
 
 class Quantizer(nn.Module, ABC):
@@ -36,9 +37,11 @@ class Quantizer(nn.Module, ABC):
         observed: the (lowest, highest) values seen, each [G], or None.
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
         min_factor: smallest range factor that a search may choose.
+        linear: whether values are ``(code - zero_point) * scale``, so that layers can multiply codes.
     """
 
     min_factor = 0.0
+    linear = False  # whether values are (code - zero_point) * scale, so that layers can multiply codes
 
     def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
         super().__init__()
@@ -105,6 +108,10 @@ class Quantizer(nn.Module, ABC):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``decode(encode(x))``, equal to the last bit; straight-through gradient inside the range."""
 
+    def shifted_codes(self, x: Tensor) -> Tensor:
+        """``encode(x) - zero_point`` in the dtype of ``x``; for linear formats."""
+        raise TypeError(f"{type(self).__name__} is no linear format: its codes cannot be multiplied")
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the current mode to ``x``."""
         if self.mode is QuantizerMode.FLOAT:
@@ -121,7 +128,7 @@ class Quantizer(nn.Module, ABC):
                     "a quantizer has no parameters yet: calibrate the model (tools/quantize_det.py) or load a "
                     "quantized checkpoint before running it"
                 )
-        return self.fake_quantize(x)
+        return self.shifted_codes(x) if self.mode is QuantizerMode.CODES else self.fake_quantize(x)
 
     # -- shapes -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,56 @@
+"""Products of integer codes on the matrix units of bfloat16 (CPU) and TF32 (CUDA), which compute them exactly.
+
+A code of up to 8 bits, with its zero point taken off, is a whole number of at most 255 and survives the narrower
+formats unchanged; sums are kept in float32 and are exact while they stay within 2^24. So a product of codes has no
+rounding error at all, where the same product of fake-quantized values has that of float32, and it takes a fraction of
+the time. Where the hardware or an old torch has no such mode, the codes are multiplied in float32: the same numbers.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST_EXACT = 2**24  # of whole numbers in float32 all up to this one are exact
+
+
+def exact_in_codes(depth: int, *bits: int) -> bool:
+    """Whether a sum of ``depth`` products of codes of these widths is exact, whatever the zero points are."""
+    largest = 1
+    for width in bits:
+        largest *= 2**width - 1
+    return depth * largest <= LARGEST_EXACT
+
+
+@contextlib.contextmanager
+def integer_precision() -> Iterator[None]:
+    """Context in which float32 tensors are multiplied as narrower ones; for integer codes only."""
+    before = [(backend, backend.fp32_precision) for backend, _ in _BACKENDS]
+    for backend, precision in _BACKENDS:
+        backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for backend, precision in before:
+            backend.fp32_precision = precision
+
+
+def _backends() -> list[tuple[Any, str]]:
+    """Backends of matrix products and convolutions with their narrow mode; empty before torch 2.9."""
+    wanted = [
+        (getattr(torch.backends.mkldnn, "matmul", None), "bf16"),
+        (getattr(torch.backends.mkldnn, "conv", None), "bf16"),
+        (torch.backends.cuda.matmul, "tf32"),
+        (getattr(torch.backends.cudnn, "conv", None), "tf32"),
+    ]
+    return [(backend, precision) for backend, precision in wanted if hasattr(backend, "fp32_precision")]
+
+
+_BACKENDS = _backends()
+
+
+def rescale(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``product * scale + bias`` in one pass; scale and bias broadcast against the product, which may be reused."""
+    return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)

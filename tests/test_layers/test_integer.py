@@ -1,0 +1,101 @@
+"""Products of integer codes: exact in every precision, equal to the fake-quantized forward up to its rounding."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from apq_mmdet.layers.base import quantized_layers
+from apq_mmdet.layers.convert import quantize_model
+from apq_mmdet.layers.integer import exact_in_codes, integer_precision, rescale
+from apq_mmdet.policy import Policy
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(37, 11), (5, 3, 37)),
+    "no_bias": (lambda: nn.Linear(37, 11, bias=False), (9, 37)),
+    "conv": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), (2, 6, 9, 7)),
+    "conv_no_bias": (lambda: nn.Conv2d(3, 4, 2, stride=2, bias=False), (1, 3, 8, 8)),
+}
+
+
+def calibrated(kind, bits, **weight):
+    make, shape = LAYERS[kind]
+    model = nn.Sequential(make())
+    formats = dict(all=dict(weight=weight)) if weight else {}
+    quantize_model(model, Policy.from_dict(dict(w_bits=bits, a_bits=bits, formats=formats)))
+    layer, x = model[0], torch.randn(shape)
+    layer.quantizers["weight"].observe(layer.weight)
+    layer.quantizers["input"].observe(x)
+    for quantizer in layer.quantizers.values():
+        quantizer.set_range_factor(0.9)
+    return layer, x
+
+
+def in_codes(layer, x):
+    with torch.no_grad(), quantizer_mode(layer.quantizers.values(), QuantizerMode.CODES):
+        return layer(x)
+
+
+@pytest.mark.parametrize("weight", [{}, dict(granularity="channel"), dict(symmetric=True)], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_product_of_codes_is_that_of_the_values(kind, bits, weight):
+    layer, x = calibrated(kind, bits, **weight)
+    oracle = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        expected = oracle(x.double())
+    # codes and scales are those of float32: only the epilogue and the float64 oracle's own codes may differ by rounding
+    torch.testing.assert_close(in_codes(layer, x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(300, 500, 400), (64, 1024, 96)], ids=str)
+@pytest.mark.parametrize("bits", [4, 6])
+def test_products_are_exact_integers(shape, bits):
+    rows, depth, columns = shape
+    assert exact_in_codes(depth, bits, bits)
+    top = 2**bits - 1
+    x = torch.randint(-top, top + 1, (rows, depth))
+    w = torch.randint(-top, top + 1, (columns, depth))
+    with integer_precision():
+        product = nn.functional.linear(x.float(), w.float())
+    assert torch.equal(product.long(), x @ w.t())
+
+
+def test_the_bound():
+    assert exact_in_codes(2**24 // (15 * 15), 4, 4)
+    assert not exact_in_codes(2**24 // (15 * 15) + 1, 4, 4)
+    assert exact_in_codes(4227, 6, 6)
+    assert not exact_in_codes(12544, 6, 6)  # a box head's first layer
+
+
+def test_deep_or_partly_float_layers_stay_with_values():
+    layer, _ = calibrated("linear", 4)
+    assert layer.exact_in_codes
+    assert not calibrated("linear", 4)[0].takes_codes  # by default
+    del layer.quantizers["weight"]
+    assert not layer.exact_in_codes
+    deep = nn.Sequential(nn.Linear(300, 2))
+    quantize_model(deep, Policy.from_dict(dict(w_bits=8, a_bits=8)))
+    assert not deep[0].exact_in_codes
+
+
+def test_attention_products_and_deconvolutions_multiply_values():
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
+    quantize_model(model, Policy.from_dict({}))
+    assert [layer.depth for _, layer in quantized_layers(model)] == [None]
+
+
+def test_precision_is_put_back():
+    before = [backend.fp32_precision for backend in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)]
+    with pytest.raises(KeyError), integer_precision():
+        raise KeyError
+    assert [b.fp32_precision for b in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)] == before
+
+
+def test_rescale():
+    product = torch.tensor([[2.0, 3.0]])
+    scale, bias = torch.tensor([10.0, 100.0]), torch.tensor([1.0, 2.0])
+    assert torch.equal(rescale(product.clone(), scale, bias), torch.tensor([[21.0, 302.0]]))
+    assert torch.equal(rescale(product, scale, None), torch.tensor([[20.0, 300.0]]))

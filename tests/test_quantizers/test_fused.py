@@ -1,0 +1,43 @@
+"""One kernel gives the bits of the plain formula, and a compiler that fails is no failure."""
+
+import pytest
+import torch
+
+from apq_mmdet.quantizers import AffineQuantizer
+from apq_mmdet.quantizers.affine import shifted_codes
+from apq_mmdet.quantizers.fused import Fused
+
+
+def operands(groups=1):
+    x = torch.randn(64, 5, 33)
+    quantizer = AffineQuantizer(4, axis=1, groups=groups)
+    quantizer.observe(x)
+    quantizer.set_range_factor(0.8)
+    return quantizer, x
+
+
+def test_compiled_bits_are_those_of_the_plain_formula():
+    fused = Fused(shifted_codes.function, devices=("cpu",))
+    for groups in (1, 5):
+        quantizer, x = operands(groups)
+        found = fused(x, *quantizer._bounds(x))
+        assert not fused._failed
+        assert torch.equal(found, (quantizer.encode(x) - quantizer.per_element(quantizer.zero_point, x)).float())
+
+
+def test_other_devices_run_the_function_as_written():
+    calls = []
+    fused = Fused(lambda x: calls.append(x) or x + 1)
+    assert torch.equal(fused(torch.ones(2)), torch.full((2,), 2.0))
+    assert len(calls) == 1
+
+
+def test_a_compiler_that_fails_is_warned_of_once(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fused = Fused(lambda x: x * 2, devices=("cpu",))
+    with pytest.warns(UserWarning, match="no compiler here"):
+        assert torch.equal(fused(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(fused(torch.ones(2)), torch.full((2,), 2.0))
