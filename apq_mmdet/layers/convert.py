@@ -52,7 +52,8 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
     """The quantizer of one role of a (still float) layer.
 
     Raises:
-        BadInputError: the granularity makes no sense for this role or does not divide the axis.
+        BadInputError: the granularity makes no sense for this role or does not divide the axis, or the format of a
+            weight is not linear.
     """
     allowed = {"weight": ("tensor", "channel"), "input": ("tensor",)}.get(role, ("tensor", "head"))
     axis, size = LAYERS[type(layer)].role_axis(layer, role)
@@ -67,6 +68,11 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
             f"{size}; allowed: {', '.join(allowed)}" + (" or a divisor of the size" if role == "weight" else "")
         )
     quantizer = QUANTIZERS.module_dict[spec.format]
+    if role == "weight" and not quantizer.linear:
+        raise BadInputError(
+            f"layer {name!r}: format {spec.format!r} does not fit role 'weight', because weights are kept as affine "
+            f"codes; use format 'affine'"
+        )
     try:
         return quantizer(spec.bits, axis=axis, groups=groups, symmetric=spec.symmetric)
     except ValueError as error:

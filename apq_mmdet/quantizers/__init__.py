@@ -2,14 +2,26 @@
 
 from apq_mmdet.quantizers.affine import AffineQuantizer
 from apq_mmdet.quantizers.base import Quantizer, QuantizerMode, quantizer_mode
+from apq_mmdet.quantizers.log import AdaptiveLogQuantizer, LogSqrt2Quantizer, ShiftLog2Quantizer
 from apq_mmdet.quantizers.matthew import MatthewQuantizer
+from apq_mmdet.quantizers.observers import OBSERVERS, MinMaxObserver, Observer, PercentileObserver
 from apq_mmdet.quantizers.packing import pack_codes, unpack_codes
+from apq_mmdet.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
 __all__ = [
+    "OBSERVERS",
+    "AdaptiveLogQuantizer",
     "AffineQuantizer",
+    "LogSqrt2Quantizer",
     "MatthewQuantizer",
+    "MinMaxObserver",
+    "Observer",
+    "PercentileObserver",
     "Quantizer",
     "QuantizerMode",
+    "ShiftLog2Quantizer",
+    "TwinGeluQuantizer",
+    "TwinSoftmaxQuantizer",
     "pack_codes",
     "quantizer_mode",
     "unpack_codes",

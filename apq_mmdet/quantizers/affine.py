@@ -51,7 +51,9 @@ class AffineQuantizer(Quantizer):
     linear = True
     _made: tuple | None = None  # what _broadcast made last, and from what
 
-    def parameters_for(self, low: Tensor, high: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def parameters_for(
+        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
+    ) -> tuple[Tensor, ...]:
         """See the base class; the arithmetic is in float64, the returned scale in float32."""
         low = low.double().clamp(max=0.0)
         high = high.double().clamp(min=0.0)
@@ -111,4 +113,4 @@ class AffineQuantizer(Quantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without what was made for the original."""
-        return {**self.__dict__, "_made": None, "fixed": None}
+        return {**super().__getstate__(), "_made": None}

@@ -4,11 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apq_mmdet.errors import CalibrationError, UncalibratedError
+from apq_mmdet.quantizers.observers import Observer, build_observer
 
 
 class QuantizerMode(Enum):
@@ -25,6 +27,7 @@ class Quantizer(nn.Module, ABC):
 
     The axis ``axis`` of the tensor, of size D, is cut into ``groups`` equal groups that each have a scale and a
     zero point: 1 group is per tensor, D groups per channel (or per head), 3 groups the three parts of a fused qkv.
+    Some formats have one parameter more, the *variant*, which a search picks from the few values in ``variants``.
 
     Args:
         bits: code width, 2 to 8.
@@ -34,14 +37,21 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         scale: float32 [G]; zero_point: int32 [G]; bits: uint8 []; signed, calibrated: bool []; all in the state_dict.
-        observed: the (lowest, highest) values seen, each [G], or None.
+        variant: float32 [G], in the state_dict; of formats with ``variants`` only.
+        observer: gathers the range of the data seen; min-max unless ``use_observer`` set another.
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
         min_factor: smallest range factor that a search may choose.
+        ranged: whether the range factor changes anything; where not, a search need not try more than one.
         linear: whether values are ``(code - zero_point) * scale``, so that layers can multiply codes.
+        variants: what a search tries with every range factor; empty for formats without a variant.
+        default_variant: the variant where none is asked for.
     """
 
     min_factor = 0.0
-    linear = False  # whether values are (code - zero_point) * scale, so that layers can multiply codes
+    ranged = True
+    linear = False
+    variants: tuple[float, ...] = ()
+    default_variant: float | None = None
 
     def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
         super().__init__()
@@ -51,7 +61,7 @@ class Quantizer(nn.Module, ABC):
         self.code_min = -(2 ** (bits - 1)) if symmetric else 0
         self.code_max = self.code_min + 2**bits - 1
         self.mode = QuantizerMode.QUANTIZE
-        self.observed: tuple[Tensor, Tensor] | None = None
+        self.use_observer("minmax")
         self.fixed: Tensor | None = None
         self._ready = False
         self.register_buffer("scale", torch.ones(groups))
@@ -59,40 +69,73 @@ class Quantizer(nn.Module, ABC):
         self.register_buffer("bits", torch.tensor(bits, dtype=torch.uint8))
         self.register_buffer("signed", torch.tensor(symmetric))
         self.register_buffer("calibrated", torch.tensor(False))
+        if self.variants:
+            self.register_buffer("variant", torch.full((groups,), self.default_variant))
 
     # -- parameters -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def parameters_for(self, low: Tensor, high: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, each [G], for the range ``factor * [low, high]``."""
+    def parameters_for(
+        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
+    ) -> tuple[Tensor, ...]:
+        """What ``set_parameters`` takes for the range ``factor * [low, high]``, each [G].
 
-    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take these parameters, each [G], and count as calibrated."""
+        Scale and zero point, and the variant where the format has one; ``variant`` None is the default one.
+        """
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor, variant: Tensor | None = None) -> None:
+        """Take these parameters, each [G], and count as calibrated; without ``variant`` that stays what it is."""
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+        if variant is not None:
+            self.variant.copy_(variant)
         self.calibrated.fill_(True)
         self._ready = True
 
-    def set_range_factor(self, factor: float) -> None:
-        """Calibrate to ``factor`` times the observed range.
+    def set_range_factor(self, factor: float, variant: float | None = None) -> None:
+        """Calibrate to ``factor`` times the observed range, and to a variant where the format has one.
 
         Raises:
             CalibrationError: nothing was observed.
         """
         if self.observed is None:
             raise CalibrationError("no data was observed")
-        self.set_parameters(*self.parameters_for(*self.observed, factor))
+        self.set_parameters(*self.parameters_for(*self.observed, factor, variant))
+
+    # -- observed range ---------------------------------------------------------------------------------------
+
+    def use_observer(self, kind: str) -> None:
+        """Start anew with an observer of this kind.
+
+        Raises:
+            ValueError: no such kind.
+        """
+        self.observer: Observer = build_observer(kind)
 
     def observe(self, x: Tensor) -> None:
-        """Widen the observed range by the values of ``x``; empty tensors (no RoIs) say nothing."""
-        if x.numel() == 0:
-            return
-        grouped = self._group_view(x.detach())  # [G, n]
-        low, high = grouped.amin(1), grouped.amax(1)
-        if self.observed is not None:
-            low = torch.minimum(low, self.observed[0])
-            high = torch.maximum(high, self.observed[1])
-        self.observed = (low, high)
+        """Let the observer see the values of ``x``; empty tensors (no RoIs) say nothing."""
+        if x.numel() > 0:
+            self.observer.observe(self._group_view(x.detach()), self.range_error)
+
+    @property
+    def observed(self) -> tuple[Tensor, Tensor] | None:
+        """The observed (low, high), each [G], or None; assigning a range forgets all that was seen before."""
+        return self.observer.range()
+
+    @observed.setter
+    def observed(self, seen: tuple[Tensor, Tensor] | None) -> None:
+        self.observer.load([] if seen is None else [self.observer.entry_for(*seen)])
+
+    def range_error(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Squared error of quantizing grouped data to a range, float64 [G]; own parameters stay what they are.
+
+        Args:
+            x: [G, n], as observers get it.
+            low, high: [G].
+        """
+        scratch = type(self)(int(self.bits), axis=0, groups=self.groups, symmetric=self.symmetric).to(x.device)
+        scratch.set_parameters(*self.parameters_for(low, high, 1.0))
+        return (scratch.fake_quantize(x) - x).square().sum(1, dtype=torch.float64)  # [G]
 
     # -- values -----------------------------------------------------------------------------------------------
 
@@ -145,6 +188,10 @@ class Quantizer(nn.Module, ABC):
         if self.groups == 1:
             return x.reshape(1, -1)
         return x.movedim(self.axis, 0).reshape(self.groups, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without what a search holds on to."""
+        return {**self.__dict__, "fixed": None}
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"

@@ -27,7 +27,9 @@ class MatthewQuantizer(AffineQuantizer):
             raise ValueError("the matthew format is unsigned by definition: symmetric=True makes no sense here")
         super().__init__(bits, axis=axis, groups=groups, symmetric=False)
 
-    def parameters_for(self, low: Tensor, high: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def parameters_for(
+        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
+    ) -> tuple[Tensor, ...]:
         """See the base class.
 
         Raises:

@@ -117,3 +117,9 @@ def test_impossible_granularity_is_refused(rule):
 def test_a_model_without_layers_is_refused():
     with pytest.raises(BadInputError, match="no layer"):
         quantize_model(nn.LayerNorm(3), Policy())
+
+
+def test_formats_without_linear_codes_are_refused_for_weights():
+    rule = dict(pattern="fc", weight=dict(format="twin_gelu"))
+    with pytest.raises(BadInputError, match=r"layer 'fc'.*'twin_gelu'.*'weight'.*'affine'"):
+        quantize_model(EveryLayer(), Policy.from_dict(dict(overrides=dict(r=rule))))

@@ -1,0 +1,95 @@
+"""What formats share whose values are no multiple of the codes: two formulas are all that they differ in."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apq_mmdet.errors import CalibrationError
+from apq_mmdet.quantizers.base import Quantizer
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Given values in the forward pass, the gradient where ``inside`` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+class NonlinearQuantizer(Quantizer):
+    """Unsigned codes with zero point 0; a format is a scale, the code of a value and the value of a code.
+
+    Args:
+        bits, axis, groups: as of the base class.
+        symmetric: has to be False.
+
+    Attributes:
+        lowest: the lowest value that the quantized tensors can have.
+        source: where such tensors come from, for messages.
+
+    Raises:
+        ValueError: ``symmetric`` was asked for.
+    """
+
+    lowest = 0.0
+    source = "softmax outputs"
+
+    def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
+        if symmetric:
+            raise ValueError(f"{type(self).__name__} has unsigned codes by definition: symmetric=True makes no sense")
+        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
+
+    @abstractmethod
+    def scale_for(self, high: Tensor, factor: float, variant: float | None) -> Tensor:
+        """The scale for a range up to ``factor * high``, float64 [G]."""
+
+    @abstractmethod
+    def positions(self, x: Tensor) -> Tensor:
+        """Codes of ``x`` as whole floats, not clamped: those beyond the code range are of values out of range."""
+
+    @abstractmethod
+    def values(self, codes: Tensor) -> Tensor:
+        """Values of codes that are given as whole floats."""
+
+    def parameters_for(
+        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
+    ) -> tuple[Tensor, ...]:
+        """See the base class.
+
+        Raises:
+            CalibrationError: a value below the lowest possible one was observed.
+        """
+        if bool((low < self.lowest).any()):
+            raise CalibrationError(
+                f"{type(self).__name__} quantizes {self.source}; values below {self.lowest} were observed"
+            )
+        variant = self.default_variant if variant is None else variant
+        scale = self.scale_for(high.double().clamp(min=0.0), factor, variant)
+        degenerate = scale < torch.finfo(torch.float32).tiny  # an all-zero group: any scale keeps the zeros
+        scale = torch.where(degenerate, torch.ones_like(scale), scale).float()
+        parameters = (scale, torch.zeros_like(scale, dtype=torch.int32))
+        return (*parameters, torch.full_like(scale, variant)) if self.variants else parameters
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        return self.positions(x).clamp_(self.code_min, self.code_max).to(torch.int32)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See the base class."""
+        return self.values(codes.to(self.scale.dtype))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        codes = self.positions(x.detach())
+        values = self.values(codes.clamp(self.code_min, self.code_max))
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, values, (codes >= self.code_min) & (codes <= self.code_max))
+        return values

@@ -1,0 +1,143 @@
+"""Observers: how the range of a tensor follows from the data of all calls.
+
+What a call tells is an *entry*, one small tensor. A range depends on the entries but not on their order, so the
+entries of several processes can be put together as they come.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# (x [G, n], low [G], high [G]) -> squared error [G] of quantizing x to that range
+RangeError = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Observer(ABC):
+    """Gathers entries and turns them into a range.
+
+    Attributes:
+        entries: what was seen so far; to be changed by ``observe`` and ``load`` only.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[Tensor] = []
+        self._range: tuple[Tensor, Tensor] | None = None
+
+    def observe(self, x: Tensor, error: RangeError) -> None:
+        """Take note of one call.
+
+        Args:
+            x: grouped data [G, n], n > 0.
+            error: error of quantizing data to a range.
+        """
+        self.load([*self.entries, self.entry_of(x, error)])
+
+    def load(self, entries: list[Tensor]) -> None:
+        """Forget what was seen and take these entries, of observers of the same kind, instead."""
+        self.entries = entries
+        self._range = None
+
+    def range(self) -> tuple[Tensor, Tensor] | None:
+        """The (low, high) that the entries amount to, each [G], or None if nothing was seen."""
+        if self._range is None and self.entries:
+            self._range = self.range_of(torch.stack(self.entries))
+        return self._range
+
+    @abstractmethod
+    def entry_of(self, x: Tensor, error: RangeError) -> Tensor:
+        """The entry of one call; arguments as of ``observe``."""
+
+    @abstractmethod
+    def entry_for(self, low: Tensor, high: Tensor) -> Tensor:
+        """The entry that alone amounts to this range, each [G]."""
+
+    @abstractmethod
+    def range_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, high), each [G], of stacked entries [calls, ...]."""
+
+
+class MinMaxObserver(Observer):
+    """The lowest and the highest value of all calls; an entry is [2, G]."""
+
+    def load(self, entries: list[Tensor]) -> None:
+        """See the base class; one entry is enough for all."""
+        super().load([torch.stack(self.range_of(torch.stack(entries)))] if entries else [])
+
+    def entry_of(self, x: Tensor, error: RangeError) -> Tensor:
+        """See the base class."""
+        return self.entry_for(x.amin(1), x.amax(1))
+
+    def entry_for(self, low: Tensor, high: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.stack([low, high])
+
+    def range_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        return entries[:, 0].amin(0), entries[:, 1].amax(0)
+
+
+class PercentileObserver(Observer):
+    """Quantiles of each call, the mean over the calls being the range.
+
+    The candidates are the quantiles p of 0.999, 0.9999 and 0.99999 with 1 - p (the minimum where no value is
+    negative). Per group that p wins whose ranges quantize the calls' own data with the least squared error, summed
+    over the calls; of equal ones the smallest. (RepQ-ViT, ICCV 2023, picks p so on its one calibration batch.)
+
+    An entry is float64 [3, P, G]: lows, highs and errors for each of the P tails.
+    """
+
+    tails = (1e-3, 1e-4, 1e-5)  # 1 - p
+
+    def entry_of(self, x: Tensor, error: RangeError) -> Tensor:
+        """See the base class."""
+        lows, highs = -self._upper_quantiles(-x), self._upper_quantiles(x)  # [P, G]
+        lowest = x.amin(1)
+        lows = torch.where(lowest >= 0, lowest, lows)
+        errors = [error(x, low, high) for low, high in zip(lows, highs, strict=True)]
+        return torch.stack([lows.double(), highs.double(), torch.stack(errors).double()])
+
+    def entry_for(self, low: Tensor, high: Tensor) -> Tensor:
+        """See the base class."""
+        entry = torch.stack([low, high, torch.zeros_like(low)]).double()
+        return entry.unsqueeze(1).repeat(1, len(self.tails), 1)  # [3, P, G]
+
+    def range_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        calls = len(entries)
+        columns = entries.reshape(calls, -1).T.tolist()
+        sums = entries.new_tensor([math.fsum(column) for column in columns])  # exact, so that the order is free
+        lows, highs, errors = sums.view(entries.shape[1:])  # [P, G]
+        best = errors.argmin(0, keepdim=True)  # [1, G]
+        low, high = (ends.gather(0, best)[0] / calls for ends in (lows, highs))
+        return low.float(), high.float()
+
+    def _upper_quantiles(self, x: Tensor) -> Tensor:
+        """Linearly interpolated quantiles 1 - tail of each row of x [G, n], [P, G].
+
+        Only the tail is sorted; torch.quantile sorts everything and takes no more than 2^24 values.
+        """
+        last = x.shape[1] - 1
+        sorted_tail = x.topk(min(int(max(self.tails) * last) + 2, last + 1)).values  # [G, m], falling
+        quantiles = []
+        for tail in self.tails:
+            whole = int(tail * last)
+            above, below = sorted_tail[:, whole], sorted_tail[:, min(whole + 1, last)]
+            quantiles.append(torch.lerp(above, below, tail * last - whole))
+        return torch.stack(quantiles)
+
+
+OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMaxObserver, "percentile": PercentileObserver}
+
+
+def build_observer(kind: str) -> Observer:
+    """A fresh observer.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind not in OBSERVERS:
+        raise ValueError(f"unknown observer {kind!r}; known: {', '.join(OBSERVERS)}")
+    return OBSERVERS[kind]()
