@@ -4,11 +4,13 @@ Candidate errors are sums over images. They are gathered and added in the order 
 ties fall the same way for any number of processes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.dist import all_gather_object, get_dist_info
 
 from apq_mmdet.errors import CalibrationError
+from apq_mmdet.quantizers import Quantizer
 
 SHARD = 8  # neighbouring images whose small calls share a tile; the least number of images that a process is given
 
@@ -37,3 +39,11 @@ def gather(value: Any) -> list[Any]:
             f"another process of this calibration has died or hangs ({error}); its own message says why. Start all "
             f"processes again with --resume"
         ) from error
+
+
+def share_observed(quantizers: Sequence[Quantizer]) -> None:
+    """Let the observers of every process hold what all processes saw."""
+    own = [[entry.cpu() for entry in q.observer.entries] for q in quantizers]
+    for quantizer, *seen in zip(quantizers, *gather(own), strict=True):
+        device = quantizer.scale.device
+        quantizer.observer.load([entry.to(device) for entries in seen for entry in entries])

@@ -1,0 +1,246 @@
+"""Rescalings: a factor per channel moved from one tensor to the next, which keeps the float function.
+
+Channels of very different ranges cost a per-tensor quantizer its codes. Where a linear layer follows, the ranges can be
+made even at no cost: what one tensor is divided by, the next one's weights are multiplied by. Full equalization behind
+a LayerNorm is the scale reparameterization of RepQ-ViT (arXiv 2212.08254, section 3.3), a strength between 0 and 1 a
+migration as in SmoothQuant (arXiv 2211.10438, equation 4, without its weight term). RepQ-ViT's shift of zero points is
+left out on purpose: Swin pads windows with zeros behind the norm, and zeros stay zeros under a scale alone.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.distributed import gather, share_observed
+from apq_mmdet.calibration.units import UnitCalls
+from apq_mmdet.layers.base import float_only
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+MOST = 256.0  # factors stay in 1 / MOST..MOST: more than pretrained channels differ, little enough for float32
+
+Extent = tuple[Tensor, Tensor]  # lowest and highest value of each channel
+
+
+class Rescaling(ABC):
+    """A place where factors c, one per channel, can be taken out of an activation.
+
+    Args:
+        name: of the place inside its block.
+        layer: the linear layer at which the activation is seen, [..., channels].
+        side: 'input' or 'output' of that layer.
+        operands: (layer, role) of everything that is rescaled and may be quantized.
+    """
+
+    def __init__(self, name: str, layer: nn.Linear, side: str, operands: Sequence[tuple[nn.Module, str]]) -> None:
+        self.name, self.layer, self.side, self.operands = name, layer, side, tuple(operands)
+
+    @abstractmethod
+    def divide(self, c: Tensor) -> None:
+        """Divide the activation by ``c`` [channels] > 0 and multiply what follows, in place; float64 inside."""
+
+    @abstractmethod
+    def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """Size of each channel by tensor role, from its extent at ``side`` of ``layer``: what ``divide`` scales."""
+
+    def imbalance(self, low: Tensor, high: Tensor) -> Tensor:
+        """The factors, up to a common one, that make all channels even."""
+        (span,) = self.spans(low, high).values()
+        return span
+
+
+class NormRescaling(Rescaling):
+    """Output of a LayerNorm, input of the one linear layer behind it: gamma / c, beta / c, W[:, j] c_j."""
+
+    def __init__(self, name: str, norm: nn.LayerNorm, linear: nn.Linear) -> None:
+        super().__init__(name, linear, "input", [(linear, "input"), (linear, "weight")])
+        self.norm = norm
+
+    def divide(self, c: Tensor) -> None:
+        """See the base class."""
+        c = c.double()
+        _multiply(self.norm.weight, 1 / c)
+        _multiply(self.norm.bias, 1 / c)
+        _multiply(self.layer.weight, c)
+
+    def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """max - min with zero included, as affine quantizers see it."""
+        return {"input": high.clamp(min=0) - low.clamp(max=0)}
+
+
+class QueryKeyRescaling(Rescaling):
+    """Query against key of a fused qkv with rows [3, heads, d]: ``(q / c) (k c)^T``."""
+
+    def __init__(self, name: str, qkv: nn.Linear, product: nn.Module | None) -> None:
+        operands = [(qkv, "weight")]
+        if product is not None:
+            operands += [(product, "query"), (product, "key")]
+        super().__init__(name, qkv, "output", operands)
+
+    def divide(self, c: Tensor) -> None:
+        """See the base class."""
+        c = c.double()
+        factors = torch.cat([1 / c, c, torch.ones_like(c)])  # [3 C]
+        _multiply(self.layer.weight, factors[:, None])
+        _multiply(self.layer.bias, factors)
+
+    def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """Largest magnitudes; the query's before the scale of attention, a common factor."""
+        query, key, _ = torch.maximum(-low, high).chunk(3)
+        return {"query": query, "key": key}
+
+    def imbalance(self, low: Tensor, high: Tensor) -> Tensor:
+        """sqrt(max|q| / max|k|), behind which both have the size sqrt(max|q| max|k|)."""
+        spans = self.spans(low, high)
+        return (spans["query"] / spans["key"]).sqrt()
+
+
+class ValueRescaling(Rescaling):
+    """Value of a fused qkv with rows [3, heads, d] against the projection: ``A (v / c)``, W_proj[:, j] c_j."""
+
+    def __init__(self, name: str, qkv: nn.Linear, proj: nn.Linear, product: nn.Module | None) -> None:
+        operands = [(qkv, "weight"), (proj, "input"), (proj, "weight")]
+        if product is not None:
+            operands.append((product, "value"))
+        super().__init__(name, qkv, "output", operands)
+        self.proj = proj
+
+    def divide(self, c: Tensor) -> None:
+        """See the base class."""
+        c = c.double()
+        one = torch.ones_like(c)
+        factors = torch.cat([one, one, 1 / c])  # [3 C]
+        _multiply(self.layer.weight, factors[:, None])
+        _multiply(self.layer.bias, factors)
+        _multiply(self.proj.weight, c)
+
+    def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """Largest magnitudes."""
+        return {"value": torch.maximum(-low, high).chunk(3)[2]}
+
+
+@torch.no_grad()
+def _multiply(parameter: Tensor | None, factors: Tensor) -> None:
+    if parameter is not None:
+        parameter.copy_(parameter.double() * factors.to(parameter.device))
+
+
+RescalingMaker = Callable[[nn.Module], list[Rescaling]]
+RESCALINGS: dict[type[nn.Module], RescalingMaker] = {}
+
+
+def register_rescalings(*classes: type[nn.Module]) -> Callable[[RescalingMaker], RescalingMaker]:
+    """Decorator: the decorated function names the rescalings of blocks of these classes (or of subclasses)."""
+
+    def register(function: RescalingMaker) -> RescalingMaker:
+        for cls in classes:
+            RESCALINGS[cls] = function
+        return function
+
+    return register
+
+
+def rescalings_of(block: nn.Module) -> list[Rescaling]:
+    """The rescalings of a block; none where nothing is registered for its class."""
+    return next((make(block) for cls, make in RESCALINGS.items() if isinstance(block, cls)), [])
+
+
+@torch.no_grad()
+def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Extent]:
+    """Lowest and highest value, float64 [channels] on the CPU, of each place's activation in all processes.
+
+    Args:
+        places: rescalings whose layers run.
+        run: runs the float module on this process' calls; at least one process has one.
+    """
+    seen: dict[tuple[nn.Module, str], Extent] = {}
+
+    def look(key: tuple[nn.Module, str], x: Tensor) -> None:
+        if not x.numel():
+            return
+        low, high = x.detach().flatten(0, -2).aminmax(dim=0)
+        if key in seen:
+            low, high = torch.minimum(low, seen[key][0]), torch.maximum(high, seen[key][1])
+        seen[key] = (low, high)
+
+    keys = [(place.layer, place.side) for place in places]
+    handles = [
+        key[0].register_forward_hook(lambda _, args, output, k=key: look(k, args[0] if k[1] == "input" else output))
+        for key in dict.fromkeys(keys)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    own = [tuple(t.cpu().double() for t in seen[key]) if key in seen else None for key in keys]
+    return [_merged([extent for extent in found if extent]) for found in zip(*gather(own), strict=True)]
+
+
+def _merged(extents: list[Extent]) -> Extent:
+    lows, highs = zip(*extents, strict=True)
+    return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+
+
+def balancing_factors(imbalance: Tensor, strength: float) -> Tensor:
+    """``(imbalance / its geometric mean) ** strength``, bounded by MOST; float64 [channels].
+
+    A channel without extent (zero, infinite or NaN imbalance) gets 1 and has no say in the mean.
+    """
+    usable = imbalance.isfinite() & (imbalance > 0)
+    logs = torch.where(usable, imbalance, torch.ones_like(imbalance)).double().log()
+    mean = logs.sum() / usable.sum().clamp(min=1)  # unusable ones are zero
+    factors = (strength * (logs - mean)).exp().clamp(1 / MOST, MOST)
+    return torch.where(usable, factors, torch.ones_like(factors))
+
+
+@torch.no_grad()
+def equalize(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: float) -> dict[str, Tensor]:
+    """Make the channel ranges of a block more even, and observe the ranges of what was rescaled anew.
+
+    In a distributed run every process calls this and does the same.
+
+    Args:
+        block: its parameters are rescaled in place.
+        module: its view of units, or itself; maps the calls' inputs to their outputs.
+        calls: float inputs on this process' images; at least one process has a call. Observed ranges are afterwards
+            those on these calls, so samples give the ranges of samples.
+        strength: 0 changes nothing, 1 makes all channels even.
+
+    Returns:
+        The factors c of each rescaling by its name, float64 [channels]; empty for a block without rescalings.
+    """
+    places = rescalings_of(block)
+    if not places:
+        return {}
+
+    def run() -> None:
+        for call in calls:  # one by one, as the float pass does: observers tell calls apart
+            module(*call.args, **call.kwargs)
+
+    with float_only(block):
+        extents = channel_extents(places, run)
+        factors = {}
+        for place, extent in zip(places, extents, strict=True):
+            factors[place.name] = balancing_factors(place.imbalance(*extent), strength)
+            place.divide(factors[place.name])
+        _observe_anew(places, run)
+    return factors
+
+
+def _observe_anew(places: list[Rescaling], run: Callable[[], None]) -> None:
+    """Replace the observed ranges of all rescaled operands that are quantized."""
+    operands = dict.fromkeys(operand for place in places for operand in place.operands)
+    found = {
+        (layer, role): layer.quantizers[role] for layer, role in operands if role in getattr(layer, "quantizers", ())
+    }
+    for quantizer in found.values():
+        quantizer.observed = None
+    activations = [quantizer for (_, role), quantizer in found.items() if role != "weight"]
+    with quantizer_mode(activations, QuantizerMode.OBSERVE):
+        run()
+    share_observed(activations)
+    for (layer, role), quantizer in found.items():
+        if role == "weight":
+            quantizer.observe(layer.weight)

@@ -1,0 +1,41 @@
+"""Rescalings of mmdet's blocks that keep their float function."""
+
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
+from mmdet.models.layers import PatchMerging
+from torch import nn
+
+from apq_mmdet.calibration.transforms import (
+    NormRescaling,
+    QueryKeyRescaling,
+    Rescaling,
+    ValueRescaling,
+    register_rescalings,
+)
+
+
+@register_rescalings(SwinBlock)
+def swin_block(block: SwinBlock) -> list[Rescaling]:
+    """Behind both norms, between query and key, and between value and projection."""
+    if type(block).forward is not SwinBlock.forward or type(block.attn).forward is not ShiftWindowMSA.forward:
+        return []  # a subclass may use what is rescaled elsewhere
+    attention = block.attn.w_msa
+    # float models have no modules for the two products of attention
+    products = [getattr(attention, name, None) for name in ("query_key", "attention_value")]
+    return [
+        *_behind("norm1", block.norm1, attention.qkv),
+        QueryKeyRescaling("query_key", attention.qkv, products[0]),
+        ValueRescaling("value_proj", attention.qkv, attention.proj, products[1]),
+        *_behind("norm2", block.norm2, block.ffn.layers[0][0]),
+    ]
+
+
+@register_rescalings(PatchMerging)
+def patch_merging(block: PatchMerging) -> list[Rescaling]:
+    """Behind the norm of the merged patches."""
+    return _behind("norm", block.norm, block.reduction) if type(block).forward is PatchMerging.forward else []
+
+
+def _behind(name: str, norm: nn.Module | None, linear: nn.Linear) -> list[Rescaling]:
+    """Nothing for other norms, and for those without gamma."""
+    affine = isinstance(norm, nn.LayerNorm) and norm.weight is not None
+    return [NormRescaling(name, norm, linear)] if affine else []

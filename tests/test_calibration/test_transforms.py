@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import nn
+
+from apq_mmdet.calibration.transforms import (
+    MOST,
+    NormRescaling,
+    QueryKeyRescaling,
+    ValueRescaling,
+    balancing_factors,
+    channel_extents,
+    rescalings_of,
+)
+
+
+def test_factors_by_hand():
+    # geometric mean of 1, 4, 16 is 4; zero, infinite and NaN channels stay and do not count
+    imbalance = torch.tensor([1.0, 4.0, 16.0, 0.0, float("inf"), float("nan")])
+    full = torch.tensor([0.25, 1.0, 4.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(balancing_factors(imbalance, 1.0), full)
+    assert torch.allclose(balancing_factors(imbalance, 0.5), full.sqrt())
+    assert torch.equal(balancing_factors(imbalance, 0.0), torch.ones(6, dtype=torch.float64))
+
+
+def test_factors_are_bounded():
+    factors = balancing_factors(torch.tensor([1e-12, 1e12]), 1.0)
+    assert factors.tolist() == pytest.approx([1 / MOST, MOST])
+    assert balancing_factors(torch.zeros(3), 1.0).tolist() == [1, 1, 1]
+
+
+def test_norm_by_hand():
+    norm, linear = nn.LayerNorm(2), nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([2.0, 3.0]))
+        norm.bias.copy_(torch.tensor([4.0, 5.0]))
+        linear.weight.copy_(torch.tensor([[6.0, 7.0]]))
+    NormRescaling("norm", norm, linear).divide(torch.tensor([2.0, 0.5]))
+    assert norm.weight.tolist() == [1.0, 6.0]
+    assert norm.bias.tolist() == [2.0, 10.0]
+    assert linear.weight.tolist() == [[12.0, 3.5]]
+
+
+def test_query_key_and_value_rows_by_hand():
+    qkv, proj = nn.Linear(1, 6), nn.Linear(2, 1)  # one head of two channels, or two of one
+    with torch.no_grad():
+        for p in (qkv.weight, qkv.bias, proj.weight):
+            p.fill_(1.0)
+    QueryKeyRescaling("qk", qkv, None).divide(torch.tensor([2.0, 4.0]))
+    assert qkv.weight.flatten().tolist() == qkv.bias.tolist() == [0.5, 0.25, 2.0, 4.0, 1.0, 1.0]
+    ValueRescaling("v", qkv, proj, None).divide(torch.tensor([2.0, 4.0]))
+    assert qkv.weight.flatten().tolist() == qkv.bias.tolist() == [0.5, 0.25, 2.0, 4.0, 0.5, 0.25]
+    assert proj.weight.flatten().tolist() == [2.0, 4.0]
+
+
+def test_layers_without_bias():
+    qkv, proj = nn.Linear(1, 6, bias=False), nn.Linear(2, 1)
+    QueryKeyRescaling("qk", qkv, None).divide(torch.ones(2))
+    ValueRescaling("v", qkv, proj, None).divide(torch.ones(2))
+
+
+def test_spans_by_hand():
+    low = torch.tensor([-1.0, 1.0, -2.0, -3.0, -5.0, 0.0])
+    high = torch.tensor([2.0, 3.0, -1.0, 1.0, 4.0, 6.0])
+    qkv, norm = nn.Linear(1, 6), nn.LayerNorm(6)
+    # zero belongs to every range: 1..3 and -2..-1 count from zero
+    assert NormRescaling("n", norm, qkv).imbalance(low, high).tolist() == [3, 3, 2, 4, 9, 6]
+    place = QueryKeyRescaling("qk", qkv, None)
+    assert {role: s.tolist() for role, s in place.spans(low, high).items()} == {"query": [2, 3], "key": [2, 3]}
+    assert ValueRescaling("v", qkv, nn.Linear(2, 1), None).imbalance(low, high).tolist() == [5, 6]
+    assert place.imbalance(torch.zeros(6), torch.tensor([8.0, 1.0, 2.0, 4.0, 0.0, 0.0])).tolist() == [2.0, 0.5]
+
+
+def test_extents_are_over_all_runs_and_need_no_hook_afterwards():
+    norm, linear = nn.LayerNorm(3), nn.Linear(3, 9)
+    places = [NormRescaling("n", norm, linear), QueryKeyRescaling("qk", linear, None)]
+    inputs = [torch.randn(2, 4, 3), torch.randn(5, 3), torch.randn(0, 3)]
+
+    def run():
+        for x in inputs:
+            linear(x)
+
+    (low, high), (out_low, out_high) = channel_extents(places, run)
+    rows = torch.cat([x.reshape(-1, 3) for x in inputs])
+    assert torch.equal(low, rows.amin(0).double())
+    assert torch.equal(high, rows.amax(0).double())
+    outputs = linear(rows).detach()
+    assert torch.allclose(out_low.float(), outputs.amin(0))
+    assert torch.allclose(out_high.float(), outputs.amax(0))
+    assert not linear._forward_hooks
+
+
+def test_unknown_blocks_have_no_rescalings():
+    assert rescalings_of(nn.Linear(2, 2)) == []
