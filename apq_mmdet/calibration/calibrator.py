@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import partition, watch_blocks
-from apq_mmdet.calibration.distributed import gather, is_first, own_images
+from apq_mmdet.calibration.compensation import compensate
+from apq_mmdet.calibration.distributed import gather, is_first, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
+from apq_mmdet.calibration.reconstruction import reconstruct
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore
+from apq_mmdet.calibration.transforms import equalize, rescalings_of
 from apq_mmdet.calibration.units import UnitCalls, to_units
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
@@ -103,14 +106,18 @@ def calibrate(
     model.eval()
     try:
         with CaptureStore(capture_dir, memory_budget // HELD) as store, torch.no_grad():
+            for quantizer in quantizers_of(model):
+                quantizer.use_observer(recipe.observer)
             _float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
+            if recipe.equalize:
+                _equalize(blocks, store, recipe.equalize)
             for quantizer in quantizers_of(model):
                 quantizer.set_range_factor(1.0)
             reports: list[BlockReport] = []
             if recipe.search is not None:
                 capture_gradients(model, blocks, samples, task, store)
-                reports = _search_blocks(model, blocks, samples, recipe.search, task, store, states, seed)
+                reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
     finally:
         model.train(was_training)
     return CalibrationReport(reports, left_float)
@@ -136,20 +143,22 @@ def _float_pass(
     for _, layer in quantized_layers(model):
         if "weight" in layer.quantizers:
             quantizer = layer.quantizers["weight"]
-            quantizer.observed = None
+            quantizer.use_observer("minmax")  # weights are known, not sampled
             quantizer.observe(layer.weight)
-    _share_ranges(model)
+    share_observed([q for _, layer in quantized_layers(model) for r, q in layer.quantizers.items() if r != "weight"])
 
 
-def _share_ranges(model: nn.Module) -> None:
-    """Widen every observed range to what all processes saw."""
-    quantizers = quantizers_of(model)
-    ranges = [None if q.observed is None else [t.cpu() for t in q.observed] for q in quantizers]
-    for quantizer, *seen in zip(quantizers, *gather(ranges), strict=True):
-        device = quantizer.scale.device
-        lows, highs = ([r[end] for r in seen if r is not None] for end in (0, 1))
-        if lows:
-            quantizer.observed = (torch.stack(lows).amin(0).to(device), torch.stack(highs).amax(0).to(device))
+def _equalize(blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
+    """Make the channels of every block more even; inputs and outputs of blocks stay what they are."""
+    for name in tqdm(store.order(), desc="equalize", unit="block", disable=not is_first()):
+        block = blocks[name]
+        if rescalings_of(block):
+            calls, module = UnitCalls(store, (name, "whole")), block
+            for call in store.inputs(name):
+                module, units = to_units(block, call)
+                calls.add(units)
+            equalize(block, module, calls, strength)
+            calls.drop()
 
 
 def check_grids(model: nn.Module, search: SearchConfig | None) -> None:
@@ -158,9 +167,10 @@ def check_grids(model: nn.Module, search: SearchConfig | None) -> None:
         return
     for name, layer in quantized_layers(model):
         for role, quantizer in layer.quantizers.items():
-            if not search.factors(layer.kind, quantizer.min_factor):
+            if not search.candidates(layer.kind, role, quantizer):
+                key = role if role in search.grids else layer.kind
                 raise BadInputError(
-                    f"quant.search.grids.{layer.kind} {search.grids[layer.kind]} holds no range factor of at least "
+                    f"quant.search.grids.{key} {search.grids[key]} holds no range factor of at least "
                     f"{quantizer.min_factor}, which the format of {name} ({role}) asks for"
                 )
 
@@ -184,16 +194,17 @@ def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
     return names
 
 
-def _search_blocks(
+def _finish_blocks(
     model: nn.Module,
     blocks: dict[str, nn.Module],
     samples: Sequence[Any],
-    search: SearchConfig,
+    recipe: Recipe,
     task: CalibrationTask,
     store: CaptureStore,
     states: BlockStates | None,
     seed: int,
 ) -> list[BlockReport]:
+    search = recipe.search
     order = [name for name in store.order() if quantizers_of(blocks[name])]  # a block may have been left float
     inputs = QuantizedInputs(model, blocks, samples, task, store) if search.block_input == "quantized" else None
     reports = []
@@ -205,14 +216,14 @@ def _search_blocks(
                 inputs.capture(name)
             kept = gather(states.load(name) if states is not None else None)[0]
             if kept is not None:
-                _load_quantizers(blocks[name], kept["state"])
+                _load_state(blocks[name], kept["state"])
                 store.drop_calls(name, keep_inputs=inputs is not None)
                 reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
             else:
-                factors = _search_one(blocks[name], name, store, search, bar, seed + position)
+                factors = _finish_one(blocks[name], name, store, recipe, bar, seed + position)
                 seconds = time.perf_counter() - start
                 if states is not None:
-                    state = _quantizer_state(blocks[name])
+                    state = _state_of(blocks[name], recipe.changes_weights)
                     states.save(name, {"state": state, "factors": factors, "seconds": seconds})
                 reports.append(BlockReport(name, seconds, factors, resumed=False))
             if inputs is not None:
@@ -221,10 +232,11 @@ def _search_blocks(
     return reports
 
 
-def _search_one(
-    block: nn.Module, name: str, store: CaptureStore, search: SearchConfig, progress: Progress, seed: int
+def _finish_one(
+    block: nn.Module, name: str, store: CaptureStore, recipe: Recipe, progress: Progress, seed: int
 ) -> dict[str, float]:
-    calls = UnitCalls(store, name)
+    """Everything that a recipe does to one block; the chosen range factors."""
+    calls, search = UnitCalls(store, name), recipe.search
     module = block
     for call in store.take_calls(name, keep_inputs=search.block_input == "quantized"):
         if search.windows or search.rows:
@@ -235,17 +247,24 @@ def _search_one(
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
     factors = search_block(module, calls, search, progress)
+    if recipe.compensation is not None:
+        progress.quantizer("compensation")
+        compensate(module, calls, recipe.compensation)
+    for number, stage in enumerate(recipe.reconstruction):
+        progress.quantizer("reconstruction")
+        reconstruct(module, calls, stage, seed + number, progress.candidates)
     calls.drop()
     return factors
 
 
-def _quantizer_state(block: nn.Module) -> dict[str, Tensor]:
-    return {key: value.cpu().clone() for key, value in block.state_dict().items() if "quantizers." in key}
+def _state_of(block: nn.Module, whole: bool) -> dict[str, Tensor]:
+    state = block.state_dict()
+    return {key: value.cpu().clone() for key, value in state.items() if whole or "quantizers." in key}
 
 
-def _load_quantizers(block: nn.Module, state: dict[str, Tensor]) -> None:
+def _load_state(block: nn.Module, state: dict[str, Tensor]) -> None:
     own = {key for key in block.state_dict() if "quantizers." in key}
-    if own != set(state):
+    if own != {key for key in state if "quantizers." in key}:
         raise CalibrationError("the kept state of a block does not fit the model: start again without --resume")
     block.load_state_dict(state, strict=False)
 

@@ -32,27 +32,27 @@ class Objective(ABC):
         self.eliminate = eliminate
         self.eliminate_by = eliminate_by
 
-    def __call__(self, error: Tensor, grad: Tensor, dropped: int) -> Tensor:
+    def __call__(self, error: Tensor, grad: Tensor, target: Tensor, dropped: int) -> Tensor:
         """Sum of the cost of all but the ``dropped`` elements of lowest rank, a float64 scalar.
 
         Given some elements of an image alone, but the number dropped from all of them, the result is no more than that
         of the whole image: the dropped elements are at worst all among those given.
 
         Args:
-            error, grad: [n].
-            dropped: how many elements are left out; all if it is n or more.
+            error, grad, target: [units, elements]; the output is ``target + error``.
+            dropped: how many elements are left out; all if there are no more.
         """
         if dropped >= error.numel():
             return torch.zeros((), dtype=torch.float64, device=error.device)
-        cost = self.cost(error, grad)
+        cost = self.cost(error, grad, target)
         if dropped:
             rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
             cost.mul_(rank >= order_statistic(rank, dropped))
         return cost.sum(dtype=torch.float64)
 
     @abstractmethod
-    def cost(self, error: Tensor, grad: Tensor) -> Tensor:
-        """Non-negative cost of each element; all [n]."""
+    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
+        """Non-negative cost of each element, a new tensor; all [units, elements]. Costs of whole units: [units]."""
 
 
 def build_objective(config: dict[str, Any]) -> Objective:
@@ -70,17 +70,17 @@ def build_objective(config: dict[str, Any]) -> Objective:
 
 
 def order_statistic(values: Tensor, index: int) -> Tensor:
-    """The ``index``-th smallest (from 0) of the values, [n] -> a scalar."""
+    """The ``index``-th smallest (from 0) of the values of any shape -> a scalar."""
     if values.device.type == "cpu":  # numpy's selection is eight times as fast as torch's on a CPU
-        return torch.from_numpy(np.partition(values.numpy(), index)[index : index + 1])[0]
-    return values.kthvalue(index + 1).values
+        return torch.from_numpy(np.partition(values.numpy(), index, axis=None)[index : index + 1])[0]
+    return values.flatten().kthvalue(index + 1).values
 
 
 @OBJECTIVES.register_module(name="hessian")
 class HessianObjective(Objective):
     """``(g e)^2``: the diagonal Fisher approximation of the loss increase (PTQ4ViT, ECCV 2022)."""
 
-    def cost(self, error: Tensor, grad: Tensor) -> Tensor:
+    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
         """See the base class."""
         return (error * grad).square_()
 
@@ -89,6 +89,24 @@ class HessianObjective(Objective):
 class SquaredErrorObjective(Objective):
     """``e^2``."""
 
-    def cost(self, error: Tensor, grad: Tensor) -> Tensor:
+    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
         """See the base class."""
         return error.square()
+
+
+@OBJECTIVES.register_module(name="cosine")
+class CosineObjective(Objective):
+    """``1 - cos(output, target)`` of each unit (Base-PTQ in PTQ4ViT, ECCV 2022): a token of a linear, a window, a RoI.
+
+    Raises:
+        ValueError: elements are to be eliminated, of which a direction knows nothing.
+    """
+
+    def __init__(self, eliminate: float = 0.0, eliminate_by: str = "error") -> None:
+        super().__init__(eliminate, eliminate_by)
+        if eliminate:
+            raise ValueError(f"the cosine compares whole units: eliminate must be 0, got {eliminate!r}")
+
+    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
+        """See the base class."""
+        return (1 - torch.cosine_similarity(target + error, target, dim=1)).clamp_min_(0)

@@ -3,9 +3,13 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from apq_mmdet.calibration.compensation import CompensationConfig
 from apq_mmdet.calibration.objectives import build_objective
+from apq_mmdet.calibration.reconstruction import ReconstructionConfig
+from apq_mmdet.calibration.scoring import Candidate
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.policy import KINDS, Policy, refuse_unknown
+from apq_mmdet.policy import KINDS, ROLES, Policy, refuse_unknown
+from apq_mmdet.quantizers import OBSERVERS, Quantizer
 
 # APQ-ViT grids (reconstruction): (first factor, last factor, number of candidates) by layer kind
 DEFAULT_GRIDS = {
@@ -30,7 +34,7 @@ class SearchConfig:
         rounds: alternating rounds over the layers of a block; stops early at a fixpoint.
         order: 'backward' (last layer of a block first) or 'forward'.
         block_input: a block is judged on its 'float' input, or on the input that the 'quantized' blocks before give.
-        grids: (first, last, number) of the range factors by layer kind.
+        grids: (first, last, number) of the range factors by layer kind, or by tensor role, which counts more.
         shortlist: 0 for the exact form; else only so many best candidates of the module metric are judged at the block.
         windows: 0 for all; else blocks of windowed attention are judged on a crop of windows x windows per image.
         rows: 0 for all; else heads are judged on at most so many RoIs per image.
@@ -60,7 +64,7 @@ class SearchConfig:
             if not isinstance(config.get(key, least), int) or config.get(key, least) < least:
                 raise BadInputError(f"{where}.{key}: expected a whole number >= {least}, got {config[key]!r}")
         grids = dict(config.get("grids", {}))
-        refuse_unknown(grids, KINDS, f"{where}.grids")
+        refuse_unknown(grids, (*KINDS, *ROLES), f"{where}.grids")
         config["grids"] = {**DEFAULT_GRIDS, **{k: _grid(g, f"{where}.grids.{k}") for k, g in grids.items()}}
         if config.get("windows") and config.get("block_input") == "quantized":
             raise BadInputError(f"{where}: windows={config['windows']} needs block_input='float'")
@@ -72,9 +76,14 @@ class SearchConfig:
                 raise BadInputError(f"{where}.objective: {error}") from error
         return cls(**config)
 
-    def factors(self, kind: str, least: float = 0.0) -> list[float]:
-        """The candidate range factors of a layer kind, ascending, none below ``least``."""
-        first, last, number = self.grids[kind]
+    def candidates(self, kind: str, role: str, quantizer: Quantizer) -> list[Candidate]:
+        """What a search tries for one quantizer: every range factor with every variant, factors ascending."""
+        factors = self.factors(kind, quantizer.min_factor, role) if quantizer.ranged else [1.0]
+        return [Candidate(f, v) for f in factors for v in quantizer.variants or (None,)]
+
+    def factors(self, kind: str, least: float = 0.0, role: str = "") -> list[float]:
+        """The range factors of a role (or else of a layer kind), ascending, none below ``least``."""
+        first, last, number = self.grids.get(role, self.grids[kind])
         step = (last - first) / max(number - 1, 1)
         return [f for f in (first + i * step for i in range(number)) if f >= least - 1e-9]
 
@@ -96,30 +105,69 @@ class Recipe:
     Args:
         name: shown in reports.
         policy: bits, scope and number formats.
-        search: None for plain min-max ranges.
+        search: None for plain observed ranges.
         on_unseen: what becomes of a quantizer that saw no data: 'error', or left 'float'.
+        observer: how activation ranges follow from data, 'minmax' or 'percentile'.
+        equalize: strength of the rescalings that make channels even before anything else; 0 for none.
+        compensation: what weights make up for after the search of their block, or None.
+        reconstruction: what is learned after that, in this order.
     """
 
     name: str
     policy: Policy
     search: SearchConfig | None
     on_unseen: str = "error"
+    observer: str = "minmax"
+    equalize: float = 0.0
+    compensation: CompensationConfig | None = None
+    reconstruction: tuple[ReconstructionConfig, ...] = ()
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether a finished block differs from the float one in more than its quantizers."""
+        return self.compensation is not None or bool(self.reconstruction)
 
     @classmethod
     def from_dict(cls, quant: dict[str, Any]) -> "Recipe":
-        """Parse ``dict(recipe=, w_bits=, a_bits=, scope=, formats=, overrides=, search=, on_unseen=)``.
+        """Parse ``dict(recipe=, w_bits=, a_bits=, scope=, formats=, overrides=, search=, ...)``: see the arguments.
 
         Raises:
             BadInputError: unknown key or value, with what would be right.
         """
         quant = dict(quant)
         policy_keys = [f.name for f in fields(Policy)]
-        refuse_unknown(quant, ("recipe", "search", "on_unseen", *policy_keys), "quant")
+        own_keys = [f.name for f in fields(cls) if f.name not in ("name", "policy")]
+        refuse_unknown(quant, ("recipe", *own_keys, *policy_keys), "quant")
         refuse_unknown([quant.get("on_unseen", "error")], ON_UNSEEN, "quant.on_unseen")
-        search = quant.get("search")
+        refuse_unknown([quant.get("observer", "minmax")], OBSERVERS, "quant.observer")
+        search, compensation = quant.get("search"), quant.get("compensation")
+        steps = [key for key in ("equalize", "compensation", "reconstruction") if quant.get(key)]
+        if search is None and steps:
+            raise BadInputError(f"quant.{steps[0]} works on searched blocks: it needs a quant.search")
         return cls(
             name=quant.get("recipe", "custom"),
             policy=Policy.from_dict({key: quant[key] for key in policy_keys if key in quant}),
             search=None if search is None else SearchConfig.from_dict(search, "quant.search"),
             on_unseen=quant.get("on_unseen", "error"),
+            observer=quant.get("observer", "minmax"),
+            equalize=_strength(quant.get("equalize", 0.0)),
+            compensation=None
+            if compensation is None
+            else CompensationConfig.from_dict(compensation, "quant.compensation"),
+            reconstruction=_stages(quant.get("reconstruction")),
         )
+
+
+def _strength(strength: Any) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise BadInputError(f"quant.equalize: expected a number from 0 (nothing) to 1 (all even), got {strength!r}")
+    return float(strength)
+
+
+def _stages(given: Any) -> tuple[ReconstructionConfig, ...]:
+    """One reconstruction, or several in turn."""
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple):
+        return (ReconstructionConfig.from_dict(given, "quant.reconstruction"),)
+    return tuple(ReconstructionConfig.from_dict(s, f"quant.reconstruction[{i}]") for i, s in enumerate(given))

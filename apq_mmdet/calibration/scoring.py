@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,21 +23,28 @@ ROUNDING = 1e-3  # relative; sums over differently cut tiles differ by far less
 BUFFER_ELEMENTS = 2**26  # of the errors that are held at once, 256 MiB
 
 
+class Candidate(NamedTuple):
+    """What a search tries: a range factor, and the variant of formats that have one."""
+
+    factor: float
+    variant: float | None = None
+
+
 def candidate_errors(
     module: nn.Module,
     calls: Iterable[UnitCall],
     layer: QuantizedLayer,
     role: str,
-    factors: Sequence[float],
+    candidates: Sequence[Candidate],
     objective: Objective,
 ) -> list[tuple[int, Tensor]]:
-    """Error of ``module``'s output on each call for each range factor of one quantizer.
+    """Error of ``module``'s output on each call for each candidate of one quantizer.
 
     Returns:
         (image, float64 [candidates]) of each call, in order.
     """
     quantizer = layer.quantizers[role]
-    parameters = [quantizer.parameters_for(*quantizer.observed, factor) for factor in factors]
+    parameters = [quantizer.parameters_for(*quantizer.observed, *candidate) for candidate in candidates]
     columns: list[tuple[int, Tensor]] = []
     for batch in batches(calls):
         if len(batch.calls) == 1 and not objective.eliminate:
@@ -63,16 +71,15 @@ def _summed_by_tile(
     batch: Batch,
     layer: QuantizedLayer,
     role: str,
-    parameters: list[tuple[Tensor, Tensor]],
+    parameters: list[tuple[Tensor, ...]],
     objective: Objective,
 ) -> Tensor:
     """Error of each candidate on the one call of a batch, float64 [candidates, 1], for objectives that drop nothing."""
     total = torch.zeros(len(parameters), 1, dtype=torch.float64, device=batch.stacked.targets.device)
     for _, _, tile in batch.tiles():
-        grad = tile.grads.reshape(-1)
         error = torch.empty_like(tile.targets)
         for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
-            total[candidate] += objective(torch.sub(outputs, tile.targets, out=error).view(-1), grad, 0)
+            total[candidate] += objective(torch.sub(outputs, tile.targets, out=error), tile.grads, tile.targets, 0)
     return total
 
 
@@ -81,7 +88,7 @@ def _batch_errors(
     batch: Batch,
     layer: QuantizedLayer,
     role: str,
-    parameters: list[tuple[Tensor, Tensor]],
+    parameters: list[tuple[Tensor, ...]],
     objective: Objective,
 ) -> Tensor:
     """Error of each candidate on each call of a batch, float64 [candidates, calls].
@@ -95,21 +102,22 @@ def _batch_errors(
             torch.sub(outputs, tile.targets, out=errors[candidate, start:stop])
     per_call, start = [], 0
     for call, length in zip(batch.calls, batch.lengths, strict=True):
-        dropped = int(objective.eliminate * call.elements) + int(call.padding.sum())
-        grad = grads[start : start + length].reshape(-1)
-        rows = errors[:, start : start + length].reshape(len(parameters), -1)
-        per_call.append(torch.stack([objective(row, grad, dropped) for row in rows]))
+        # padding is dropped along with the least errors, being zero; without elimination it costs nothing as it is
+        dropped = int(objective.eliminate * call.elements) + int(call.padding.sum()) if objective.eliminate else 0
+        grad, target = (part[start : start + length] for part in (grads, targets))
+        rows = errors[:, start : start + length]  # [candidates, units, E]
+        per_call.append(torch.stack([objective(row, grad, target, dropped) for row in rows]))
         start += length
     return torch.stack(per_call, 1)
 
 
 def _candidate_outputs(
-    module: nn.Module, tile: UnitCall, layer: QuantizedLayer, role: str, parameters: list[tuple[Tensor, Tensor]]
+    module: nn.Module, tile: UnitCall, layer: QuantizedLayer, role: str, parameters: list[tuple[Tensor, ...]]
 ) -> Iterator[Tensor]:
     """The module's output for each candidate, [units, elements]."""
     with reuse_prefix(module, tile, layer, role):
-        for scale, zero_point in parameters:
-            layer.quantizers[role].set_parameters(scale, zero_point)
+        for candidate in parameters:
+            layer.quantizers[role].set_parameters(*candidate)
             yield rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
 
 

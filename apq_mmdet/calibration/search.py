@@ -10,7 +10,7 @@ from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls
-from apq_mmdet.calibration.scoring import WORTHWHILE, best_candidate, candidate_errors, sum_by_image
+from apq_mmdet.calibration.scoring import WORTHWHILE, Candidate, best_candidate, candidate_errors, sum_by_image
 from apq_mmdet.calibration.units import UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
@@ -18,6 +18,7 @@ from apq_mmdet.quantizers import Quantizer, QuantizerMode
 MOST_RECORDED = 2**28  # bytes of the calls of a block's layers that are kept rather than made anew for each search
 RECORDED_PER_CALL = 10  # about how much larger than the block's own calls they are
 SILENT = Silent()
+UNSEARCHED = Candidate(1.0)
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Slot:
     layer_name: str
     layer: QuantizedLayer
     role: str
-    factor: float = 1.0
+    chosen: Candidate = UNSEARCHED
     searched_at: int = -1
     left: float | None = None
 
@@ -63,7 +64,7 @@ def search_block(
         progress: is told what is searched.
 
     Returns:
-        The chosen factor by ``layer.role``.
+        The chosen factor by ``layer.role``, and the variant by ``layer.role.variant`` of formats that have one.
 
     Raises:
         CalibrationError: every candidate's error is NaN.
@@ -83,18 +84,20 @@ def search_block(
                 continue
             settled = False
             with fixed_weights(module, slot.layer, slot.role):
-                before, slot.factor = slot.factor, _best_factor(errors, slot, search, progress, previous.left)
+                before, slot.chosen = slot.chosen, _best_candidate(errors, slot, search, progress, previous.left)
             previous = slot
-            slot.quantizer.set_range_factor(slot.factor)
+            slot.quantizer.set_range_factor(*slot.chosen)
             # a change of its own does not make a slot's result stale
-            changes += slot.factor != before
+            changes += slot.chosen != before
             slot.searched_at = changes
         if settled:
             break
     errors.drop()
     for quantizer in quantizers_of(module):
         quantizer.mode = QuantizerMode.QUANTIZE
-    return {slot.name: slot.factor for slot in slots}
+    factors = {slot.name: slot.chosen.factor for slot in slots}
+    variants = {f"{s.name}.variant": s.chosen.variant for s in slots if s.chosen.variant is not None}
+    return {**factors, **variants}
 
 
 def _join(layer: QuantizedLayer) -> int:
@@ -106,20 +109,20 @@ def _join(layer: QuantizedLayer) -> int:
     return changes
 
 
-def _best_factor(
+def _best_candidate(
     errors: "SlotErrors", slot: Slot, search: SearchConfig, progress: Progress, neighbours: float | None
-) -> float:
-    """The best factor; ``neighbours`` is what a screening left at the slot before, a guess where it is the first."""
-    factors = search.factors(slot.layer.kind, slot.quantizer.min_factor)
+) -> Candidate:
+    """The best candidate; ``neighbours`` is what a screening left at the slot before, a guess where it is the first."""
+    grid = search.candidates(slot.layer.kind, slot.role, slot.quantizer)
     at_module = search.metric == "module"
-    if not at_module and 0 < search.shortlist < len(factors):
-        ranked = errors.at_module(slot, factors, 1.0, errors.ranking).argsort(stable=True)[: search.shortlist]
-        factors = [factors[i] for i in ranked.sort().values.tolist()]  # ascending: ties as in the exact form
-    incumbent = factors.index(slot.factor) if slot.searched_at >= 0 and slot.factor in factors else None
+    if not at_module and 0 < search.shortlist < len(grid):
+        ranked = errors.at_module(slot, grid, 1.0, errors.ranking).argsort(stable=True)[: search.shortlist]
+        grid = [grid[i] for i in ranked.sort().values.tolist()]  # ascending: ties as in the exact form
+    incumbent = grid.index(slot.chosen) if slot.searched_at >= 0 and slot.chosen in grid else None
 
     def evaluate(candidates: list[int], share: float) -> Tensor:
         progress.candidates(len(candidates))
-        chosen = [factors[i] for i in candidates]
+        chosen = [grid[i] for i in candidates]
         if at_module:
             return errors.at_module(slot, chosen, share, errors.objective)
         return errors.at_block(slot, chosen, share)
@@ -127,13 +130,13 @@ def _best_factor(
     expected = neighbours if slot.left is None else slot.left
     screen = expected is None or expected <= WORTHWHILE
     eliminate = errors.objective.eliminate
-    choice = best_candidate(evaluate, len(factors), eliminate, incumbent, slot.name, screen)
+    choice = best_candidate(evaluate, len(grid), eliminate, incumbent, slot.name, screen)
     slot.left = choice.left if screen else expected
-    return factors[choice.best]
+    return grid[choice.best]
 
 
 class SlotErrors:
-    """Errors of candidate range factors at the block's or at the layer's output, summed over all images."""
+    """Errors of candidates at the block's or at the layer's output, summed over all images."""
 
     def __init__(self, module: nn.Module, calls: UnitCalls, search: SearchConfig) -> None:
         self.module, self.calls = module, calls
@@ -142,18 +145,18 @@ class SlotErrors:
         self.ranking = type(self.objective)()
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
 
-    def at_block(self, slot: Slot, factors: list[float], share: float) -> Tensor:
-        """Float64 [factors]; a lower bound if only a ``share`` of the units is looked at."""
+    def at_block(self, slot: Slot, candidates: list[Candidate], share: float) -> Tensor:
+        """Float64 [candidates]; a lower bound if only a ``share`` of the units is looked at."""
         calls = (call.first(share) for call in self.calls.most_important(share))
-        columns = candidate_errors(self.module, calls, slot.layer, slot.role, factors, self.objective)
-        return sum_by_image(columns, len(factors))
+        columns = candidate_errors(self.module, calls, slot.layer, slot.role, candidates, self.objective)
+        return sum_by_image(columns, len(candidates))
 
-    def at_module(self, slot: Slot, factors: list[float], share: float, objective: Objective) -> Tensor:
+    def at_module(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
         """As ``at_block``, of the layer's own output on its float input."""
         recorded = self._recorded(slot.layer).most_important(share)
         calls = (call.first(share) for call in recorded)
-        columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, factors, objective)
-        return sum_by_image(columns, len(factors))
+        columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, candidates, objective)
+        return sum_by_image(columns, len(candidates))
 
     def _recorded(self, layer: QuantizedLayer) -> UnitCalls:
         """The layer's own calls; those of all layers are kept at once where they are small."""

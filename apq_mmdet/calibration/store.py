@@ -133,6 +133,13 @@ class CaptureStore(TensorStore):
             yield BlockCall(tuple(args), kwargs, outputs, grads, image)
             self._drop_call(block, image, index, keep_inputs)
 
+    def inputs(self, block: str) -> Iterator[BlockCall]:
+        """The captured calls of a block in the order of the images, before there are gradients; they stay captured."""
+        for image, index in sorted(self._calls.get(block, [])):
+            args, kwargs = self.get((block, image, index, "input"))
+            outputs = self.get((block, image, index, "output"))
+            yield BlockCall(tuple(args), kwargs, outputs, [torch.zeros_like(t) for t in outputs], image)
+
     def drop_calls(self, block: str, keep_inputs: bool) -> None:
         """Forget the calls of a block that is not searched again."""
         for image, index in self._calls.get(block, []):

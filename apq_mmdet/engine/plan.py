@@ -193,8 +193,8 @@ def _block_plan(name: str, block: nn.Module, count: Count, search: SearchConfig 
         for layer in layers:
             own = sum(operations for call in calls for module, operations in call if module is layer)
             suffix = sum(suffix_operations(call, layer) for call in calls)
-            for quantizer in layer.quantizers.values():
-                at_layer, at_block = _candidates(len(search.factors(layer.kind, quantizer.min_factor)), search)
+            for role, quantizer in layer.quantizers.items():
+                at_layer, at_block = _candidates(len(search.candidates(layer.kind, role, quantizer)), search)
                 ranked += search.rounds * at_layer
                 judged += search.rounds * at_block
                 search_operations += search.rounds * (at_layer * own + at_block * suffix)

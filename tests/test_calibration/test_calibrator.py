@@ -338,6 +338,6 @@ def test_quantized_inputs_with_outputs_modified_in_place():
 
 def test_nan_in_every_error_is_an_error_with_the_layers_name(monkeypatch):
     settings = recipe("apq", search=dict(grids=short_grids(20)))
-    monkeypatch.setattr("apq_mmdet.calibration.objectives.HessianObjective.cost", lambda self, e, g: e * float("nan"))
+    monkeypatch.setattr("apq_mmdet.calibration.objectives.HessianObjective.cost", lambda self, e, g, t: e * float("nan"))
     with pytest.raises(CalibrationError, match=r"projection.weight: the error of every candidate"):
         calibrate(quantized_swin(settings), IMAGES, settings)

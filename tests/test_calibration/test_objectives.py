@@ -16,7 +16,7 @@ def plain(e, g, dropped, by):
 @pytest.mark.parametrize("dropped", [0, 10, 52, 103])
 def test_against_sorting(dropped, by):
     error, grad = torch.randn(104), torch.randn(104)
-    got = build_objective(dict(type="hessian", eliminate=0.1, eliminate_by=by))(error, grad, dropped)
+    got = build_objective(dict(type="hessian", eliminate=0.1, eliminate_by=by))(error, grad, error, dropped)
     assert got.dtype == torch.float64
     assert float(got) == pytest.approx(plain(error, grad, dropped, by), rel=1e-5)
 
@@ -25,22 +25,31 @@ def test_against_sorting(dropped, by):
 def test_some_elements_give_a_lower_bound(by):
     objective = build_objective(dict(type="hessian", eliminate=0.1, eliminate_by=by))
     error, grad = torch.randn(100), torch.randn(100)
-    bounds = [float(objective(error[:n], grad[:n], 10)) for n in (5, 10, 20, 50, 100)]
+    bounds = [float(objective(error[:n], grad[:n], error[:n], 10)) for n in (5, 10, 20, 50, 100)]
     assert bounds[:2] == [0, 0]
     assert bounds == sorted(bounds)
 
 
 def test_hand_computed():
     error, grad = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([1.0, 1.0, 2.0, 0.5])
-    assert float(build_objective(dict(type="hessian"))(error, grad, 1)) == 4 + 36 + 25
-    assert float(build_objective(dict(type="mse"))(error, grad, 0)) == 114
+    assert float(build_objective(dict(type="hessian"))(error, grad, error, 1)) == 4 + 36 + 25
+    assert float(build_objective(dict(type="mse"))(error, grad, error, 0)) == 114
 
 
 def test_ties_with_the_threshold_stay():
     ones = torch.ones(10)
-    assert float(build_objective(dict(type="mse"))(ones, ones, 5)) == 10
+    assert float(build_objective(dict(type="mse"))(ones, ones, ones, 5)) == 10
 
 
 def test_order_statistic():
     values = torch.tensor([3.0, 1.0, 2.0])
     assert [float(order_statistic(values, i)) for i in range(3)] == [1, 2, 3]
+
+
+def test_cosine_of_each_unit():
+    target = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+    output = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-3.0, 0.0]])  # the same direction, at a right angle, opposite
+    error = output - target
+    assert float(build_objective(dict(type="cosine"))(error, error, target, 0)) == pytest.approx(0 + 1 + 2)
+    with pytest.raises(ValueError, match="eliminate must be 0, got 0.1"):
+        build_objective(dict(type="cosine", eliminate=0.1))

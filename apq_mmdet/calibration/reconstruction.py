@@ -1,0 +1,294 @@
+"""Reconstruction: rounding of weights and step sizes of activations, learned against a block's float output.
+
+AdaRound (ICML 2020), BRECQ (ICLR 2021), QDrop (ICLR 2022), and the losses of APHQ-ViT and FIMA-Q (CVPR 2025) are
+settings of it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_rank
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.distributed import gather
+from apq_mmdet.calibration.learned import Learned, LearnedRounding, LearnedSteps, TrainedActivation, trained_activations
+from apq_mmdet.calibration.minibatches import Minibatches
+from apq_mmdet.calibration.scoring import sum_by_image
+from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
+from apq_mmdet.errors import BadInputError, CalibrationError
+from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
+from apq_mmdet.policy import refuse_unknown
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+CHECKED = 50  # iterations between two looks at the parameters
+
+
+def _squared(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    return (error.square().sum(),)
+
+
+def _hessian(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    return ((error * grad).square().sum(),)
+
+
+def _absolute(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    return ((error.square() * grad.abs()).sum(),)
+
+
+def _fisher(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    return (*_absolute(error, grad), (error * grad).sum(1).square().sum())
+
+
+# name -> sums of the loss' terms over units, from errors e and gradients g, [U, E] each. The terms count alike.
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "none": _squared,  # AdaRound, QDrop
+    "hessian": _hessian,  # BRECQ, eq. 10: the diagonal of the empirical Fisher matrix
+    "absolute": _absolute,  # APHQ-ViT, where g is the change of the gradient under a perturbation
+    "fisher": _fisher,  # FIMA-Q: diagonal plus low rank; here of rank one for each unit, (g . e)^2 = e' (g g') e
+}
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """How a block is reconstructed.
+
+    Args:
+        weighting: what an output's squared error counts by: 'none', 'hessian' (g^2), 'absolute' (abs(g)), or 'fisher'
+            (abs(g) and a matrix of rank one for each unit).
+        iterations: training steps.
+        batch: units (windows, patches, RoIs) in each of them, over all processes.
+        keep_float: probability that an element of an activation stays float in a step (QDrop: 0.5); 0 for none.
+        rounding_lr: Adam's learning rate of the rounding variables; 0 leaves weights as they are.
+        step_lr: Adam's learning rate of the logarithms of activation steps; 0 leaves them as they are.
+        rounding_weight: weight of the regulariser that ends the softness of roundings; the loss starts at 1.
+    """
+
+    weighting: str = "hessian"
+    iterations: int = 1000
+    batch: int = 32
+    keep_float: float = 0.5
+    rounding_lr: float = 1e-2
+    step_lr: float = 2e-3
+    rounding_weight: float = 0.01
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], where: str) -> "ReconstructionConfig":
+        """Validate; BadInputError names the key."""
+        if not hasattr(config, "keys"):
+            raise BadInputError(f"{where}: expected dict(weighting=..., ...) or None, got {config!r}")
+        refuse_unknown(config, [f.name for f in fields(cls)], where)
+        config = dict(config)
+        if "weighting" in config:
+            refuse_unknown([config["weighting"]], WEIGHTINGS, f"{where}.weighting")
+        for key in ("iterations", "batch"):
+            value = config.get(key, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise BadInputError(f"{where}.{key}: expected a whole number >= 1, got {value!r}")
+        for key, most in (("keep_float", 1.0), ("rounding_lr", 1.0), ("step_lr", 1.0), ("rounding_weight", math.inf)):
+            value = config.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise BadInputError(f"{where}.{key}: expected a number from 0 to {most}, got {value!r}")
+        made = cls(**config)
+        if not made.rounding_lr and not made.step_lr:
+            raise BadInputError(f"{where}: nothing is learned with rounding_lr=0 and step_lr=0")
+        return made
+
+
+@torch.no_grad()
+def reconstruct(
+    module: nn.Module,
+    calls: UnitCalls,
+    config: ReconstructionConfig,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, float | bool]:
+    """Learn the rounding of a block's weights and the step sizes of its activations.
+
+    Weights end on their quantizers' grids, so that quantizing them again changes no bit. The result is kept if it
+    lowers the objective over all units with hard rounding and everything quantized; else all is as it was before.
+    Formats that are not linear keep their parameters, and so do zero points.
+
+    In a distributed run every process trains on units of its own images; gradients are summed over the processes,
+    weighted by their numbers of units, so that all take the same steps. The result is the same on all of them, but
+    not the one that another number of processes gives. It is the same again for the same seed and threads on a CPU.
+
+    Args:
+        module: the block, or its view of units; its quantizers are calibrated.
+        calls: inputs, float outputs and gradients of this process' images.
+        config: what is learned, and how.
+        seed: of the minibatches and of what stays float.
+        progress: is told every now and then how many iterations are left.
+
+    Returns:
+        ``before`` and ``after``: the objective per unit; of several terms, which count alike, in units of the first.
+        ``kept``: whether the result was better and is in place.
+
+    Raises:
+        CalibrationError: the objective or a learned value is NaN or infinite; the block is as it was before.
+    """
+    with quantizer_mode(quantizers_of(module), QuantizerMode.QUANTIZE):
+        terms = _mean_terms(module, calls, config.weighting)
+        before = float(terms[0])
+        if not bool(torch.isfinite(terms).all()):
+            raise CalibrationError(_not_finite(module, f"the objective is {before} before any learning"))
+        if before == 0:  # nothing can be better than an exact output
+            return {"before": before, "after": before, "kept": False}
+        balance = torch.where(terms > 0, 1 / terms, 0) / len(terms)  # the loss starts at 1, whatever its weighting
+        restore = _restorer(module)
+        after = math.inf
+        try:
+            _train(module, calls, config, balance, seed, progress)
+            after = before * float(_mean_terms(module, calls, config.weighting) @ balance)
+        finally:
+            if not after < before:
+                restore()
+    if not math.isfinite(after):
+        raise CalibrationError(_not_finite(module, f"the objective is {after} after reconstruction"))
+    return {"before": before, "after": after, "kept": after < before}
+
+
+def _mean_terms(module: nn.Module, calls: UnitCalls, weighting: str) -> Tensor:
+    """The terms of the loss over all units of all processes, per unit, float64 [terms]."""
+    columns = []
+    with _fixed_weights(module):
+        for batch in batches(calls):
+            sums = sum(_terms(module, tile, weighting).double() for _, _, tile in batch.tiles())
+            units = sums.new_tensor([len(batch.stacked.targets)])
+            columns.append((batch.calls[0].image, torch.cat([sums, units])))
+    terms = len(WEIGHTINGS[weighting](torch.zeros(1, 1), torch.zeros(1, 1)))
+    *total, units = sum_by_image(columns, terms + 1)
+    return torch.stack(total) / units
+
+
+def _terms(module: nn.Module, call: UnitCall, weighting: str) -> Tensor:
+    """The terms of the loss, summed over the units of a call, [terms]."""
+    outputs = rows_of(tensors_of(module(*call.args, **call.kwargs)), len(call.targets))  # [U, E]
+    return torch.stack(WEIGHTINGS[weighting](outputs - call.targets, call.grads))
+
+
+def _train(
+    module: nn.Module,
+    calls: UnitCalls,
+    config: ReconstructionConfig,
+    balance: Tensor,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Learn, and write what was learned into the block.
+
+    Args:
+        balance: factors of the loss' terms, [terms].
+    """
+    device = next(q.scale.device for q in quantizers_of(module))
+    own_seed = seed + 1_000_003 * get_rank()  # every process draws units of its own
+    minibatches = Minibatches(calls, config.batch, torch.Generator().manual_seed(own_seed))
+    generator = torch.Generator(device).manual_seed(own_seed)
+    balance = balance.to(device, torch.float32)
+    with _fixed_weights(module), trained_activations(module, config.keep_float, generator) as activations:
+        learned = _learned(module, activations, config)
+        optimizer = torch.optim.Adam([{"params": [part.values], "lr": lr} for part, lr in learned])
+        parts = [part for part, _ in learned]
+        for iteration in range(config.iterations):
+            minibatch = minibatches.draw()
+            with torch.enable_grad():
+                for part in parts:
+                    part.use()
+                loss = sum(_terms(module, call, config.weighting) @ balance for call in minibatch)
+            units = sum(len(call.targets) for call in minibatch)
+            _step(optimizer, learned, loss, units, iteration / config.iterations)
+            left = config.iterations - 1 - iteration
+            if left % CHECKED == 0:
+                _check(module, parts, left)
+                if progress is not None:
+                    progress(left)
+    for part in parts:
+        part.values.copy_(gather(part.values.cpu())[0])  # machines that compute differently still end alike
+        part.write()
+
+
+def _learned(
+    module: nn.Module, activations: list[TrainedActivation], config: ReconstructionConfig
+) -> list[tuple[Learned, float]]:
+    """What is learned, with learning rates."""
+    layers = [layer for layer in _with_weight(module) if layer.quantizers["weight"].linear]
+    linear = [a for a in activations if a.quantizer.linear]
+    learned: list[tuple[Learned, float]] = []
+    if layers and config.rounding_lr:
+        learned.append((LearnedRounding(layers, config.rounding_weight), config.rounding_lr))
+    if linear and config.step_lr:
+        learned.append((LearnedSteps(linear), config.step_lr))
+    if not learned:
+        raise CalibrationError("reconstruction has nothing to learn: no weight or activation of the block is linear")
+    return learned
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, learned: list[tuple[Learned, float]], loss: Tensor | int, units: int, done: float
+) -> None:
+    """One step of the optimizer along the mean gradient of the units of all processes."""
+    values = [part.values for part, _ in learned]
+    grads: tuple[Tensor | None, ...] = (None,) * len(values)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        grads = torch.autograd.grad(loss, values, allow_unused=True)
+    grads = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, grads, strict=True))
+    flat = torch.cat([*grads, values[0].new_tensor([units])])
+    try:
+        all_reduce(flat)
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"another process of this calibration has died or hangs ({error}); its own message says why"
+        ) from error
+    means = (flat[:-1] / flat[-1]).split([len(v) for v in values])
+    for group, (part, lr), mean in zip(optimizer.param_groups, learned, means, strict=True):
+        part.values.grad = mean + part.own_grad(done)
+        group["lr"] = lr * part.rate(done)
+    optimizer.step()
+
+
+def _check(module: nn.Module, parts: list[Learned], left: int) -> None:
+    if not all(bool(torch.isfinite(part.values).all()) for part in parts):
+        raise CalibrationError(
+            _not_finite(module, f"values that are learned are not finite, {left} iterations before the end")
+        )
+
+
+def _not_finite(module: nn.Module, what: str) -> str:
+    """An error message that names the layers to blame, if there are such."""
+    named = [(name, p) for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    blamed = ", ".join(name for name, _ in named) or "the block's inputs, float outputs or gradients"
+    return f"reconstruction: {what}; look for NaN or infinite values in {blamed}"
+
+
+def _with_weight(module: nn.Module) -> list[QuantizedLayer]:
+    """The layers whose weights are quantized."""
+    return [layer for _, layer in quantized_layers(module) if "weight" in layer.quantizers]
+
+
+@contextmanager
+def _fixed_weights(module: nn.Module) -> Iterator[None]:
+    """Context in which weights are quantized once, not in every call."""
+    layers = _with_weight(module)
+    try:
+        for layer in layers:
+            layer.quantizers["weight"].fixed = layer.quantizers["weight"].fake_quantize(layer.weight)
+        yield
+    finally:
+        for layer in layers:
+            layer.quantizers["weight"].fixed = None
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    """A function that gives weights and quantizers back what they hold now."""
+    weights = [layer.weight for layer in _with_weight(module)]
+    kept = [(tensor, tensor.clone()) for tensor in (*weights, *(q.scale for q in quantizers_of(module)))]
+
+    def restore() -> None:
+        for tensor, before in kept:
+            tensor.copy_(before)
+
+    return restore

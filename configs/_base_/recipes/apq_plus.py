@@ -1,0 +1,27 @@
+# The recommended recipe: channels made even, one weight range per output channel, ranges searched at the layers'
+# outputs, weights that make up for what quantized activations and their own rounding cost.
+_base_ = "./minmax.py"
+
+quant = dict(
+    recipe="apq_plus",
+    formats=dict(
+        linear=dict(weight=dict(granularity="channel")),
+        qkv=dict(weight=dict(granularity="channel")),
+        products=dict(attention=dict(format="affine")),
+    ),
+    equalize=1.0,
+    search=dict(
+        metric="module",
+        objective=dict(type="hessian"),
+        rounds=1,
+        order="forward",
+        block_input="float",
+        grids=dict(
+            Linear=(0.3, 1.1, 41),
+            Conv2d=(0.3, 1.1, 41),
+            ConvTranspose2d=(0.3, 1.1, 41),
+            MatMul=(0.1, 1.1, 51),
+        ),
+    ),
+    compensation=dict(activations=True, rounding=True, ranges=41, damping=0.02),
+)
