@@ -1,0 +1,225 @@
+"""The runs of the accuracy benchmark: which there are, in which order, which are done, and how long the rest takes."""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "configs" / "_base_" / "recipes"
+
+DETECTORS = ("mask-rcnn", "cascade-mask-rcnn")
+GROUNDS = ("plain", "stressed")
+SCOPES = ("backbone", "detector")
+NUM_CALIB = 32
+FIRST_BITS = ("W4A4", "W3A3")  # of every recipe, the most telling first
+MORE_BITS = ("W8A8", "W6A6", "W2A4")  # of the main recipes only
+MAIN_RECIPES = ("minmax", "repq", "apq", "apq_plus")  # a name stands for its fast form where there is one
+SEEDS_OF_THE_BEST = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What tells one run from another.
+
+    The defaults are those of rows that were written before a key existed.
+
+    Args:
+        ground: 'plain', the checkpoint as it is, or 'stressed', the same function with uneven channels.
+        options: ``--cfg-options`` of the run, by key.
+        num_val: only the first so many val images are evaluated; None for all.
+    """
+
+    detector: str
+    ground: str = "plain"
+    scope: str
+    bits: str
+    recipe: str
+    num_calib: int = NUM_CALIB
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    num_val: int | None = None
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Spec":
+        """The run that a row of results tells of."""
+        return cls(**{key.name: row[key.name] for key in fields(cls) if key.name in row})
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        values = {**asdict(self), "options": label(self.options), "num_val": self.num_val and f"first-{self.num_val}"}
+        parts = [
+            re.sub(r"[^\w.=-]+", "-", str(value)).strip("-") for value in values.values() if value not in ("", None)
+        ]
+        return "_".join(parts)
+
+
+def label(options: dict[str, Any]) -> str:
+    """Short text for a run's options: ``search.metric=module``."""
+    return ", ".join(f"{key.removeprefix('model.quant.')}={value}" for key, value in options.items())
+
+
+# -- the grid -------------------------------------------------------------------------------------------------
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes in ``configs/_base_/recipes``."""
+    return sorted(path.stem for path in RECIPES.glob("*.py"))
+
+
+def has_fast_form(recipe: str) -> bool:
+    """Whether the recipe's exact search is so slow that another recipe is its fast form."""
+    return (RECIPES / f"{recipe}_fast.py").is_file()
+
+
+def main_recipes(recipes: Sequence[str]) -> list[str]:
+    """Those recipes that run at all bits."""
+    return [r for r in recipes if r.removesuffix("_fast") in MAIN_RECIPES and not has_fast_form(r)]
+
+
+def make_grid(
+    recipes: Sequence[str],
+    best: Sequence[str] = (),
+    bits: Sequence[str] | None = None,
+    detectors: Sequence[str] = DETECTORS,
+    grounds: Sequence[str] = GROUNDS,
+    scopes: Sequence[str] = SCOPES,
+    num_calib: int = NUM_CALIB,
+    num_val: int | None = None,
+) -> list[Spec]:
+    """All runs, the most telling first.
+
+    Args:
+        recipes: their names.
+        best: recipes that run with several seeds.
+        bits: None for the first bits of every recipe and more bits of the main ones.
+        detectors, grounds, scopes: what is combined.
+        num_calib, num_val: of every run.
+    """
+    main = main_recipes(recipes)
+    specs = [
+        Spec(
+            detector=detector,
+            ground=ground,
+            scope=scope,
+            bits=width,
+            recipe=recipe,
+            num_calib=num_calib,
+            seed=seed,
+            num_val=num_val,
+        )
+        for recipe in recipes
+        for width in bits or (FIRST_BITS + MORE_BITS if recipe in main else FIRST_BITS)
+        for seed in (SEEDS_OF_THE_BEST if recipe in best else (0,))
+        for detector in detectors
+        for ground in grounds
+        for scope in scopes
+    ]
+    return sorted(specs, key=_rank)
+
+
+def _rank(spec: Spec) -> tuple[int, ...]:
+    """Sort key: slow exact forms last; before them by seed, first bits, ground, bits, scope and detector."""
+    widths = FIRST_BITS + MORE_BITS
+    width = widths.index(spec.bits) if spec.bits in widths else len(widths)
+    return (
+        has_fast_form(spec.recipe),
+        spec.seed,
+        width >= len(FIRST_BITS),
+        GROUNDS.index(spec.ground),
+        width,
+        SCOPES.index(spec.scope),
+        DETECTORS.index(spec.detector),
+    )
+
+
+# -- ablations: single changes of one run ---------------------------------------------------------------------
+
+BASE = Spec(detector="mask-rcnn", scope="backbone", bits="W4A4", recipe="apq_fast")
+_SEARCH, _ATTENTION = "model.quant.search", "model.quant.formats.products.attention"
+
+
+def _changed(key: str, value: Any) -> Spec:
+    return replace(BASE, options={key: value})
+
+
+# what is varied -> variant -> run; the base is a variant of each
+ABLATIONS: dict[str, dict[str, Spec]] = {
+    "metric": {"block": BASE, "module": _changed(f"{_SEARCH}.metric", "module")},
+    "share eliminated": {
+        "0": _changed(f"{_SEARCH}.objective.eliminate", 0.0),
+        "0.05": _changed(f"{_SEARCH}.objective.eliminate", 0.05),
+        "0.1": BASE,
+        "0.2": _changed(f"{_SEARCH}.objective.eliminate", 0.2),
+        "0.5": _changed(f"{_SEARCH}.objective.eliminate", 0.5),
+    },
+    "eliminated by": {
+        "error": BASE,
+        "gradient": _changed(f"{_SEARCH}.objective.eliminate_by", "gradient"),
+        "weighted": _changed(f"{_SEARCH}.objective.eliminate_by", "weighted"),
+    },
+    "attention format": {
+        "matthew (MPQ)": BASE,
+        "affine, free range": replace(
+            BASE, options={f"{_ATTENTION}.format": "affine", f"{_SEARCH}.grids.MatMul": [0.1, 1.2, 23]}
+        ),
+        "log_sqrt2": _changed(f"{_ATTENTION}.format", "log_sqrt2"),
+        "twin_softmax": _changed(f"{_ATTENTION}.format", "twin_softmax"),
+    },
+    "order in a block": {"backward": BASE, "forward": _changed(f"{_SEARCH}.order", "forward")},
+    "calibration images": {str(n): replace(BASE, num_calib=n) for n in (1, 4, 8, 16, 32, 64, 128)},
+}
+
+
+def ablation_specs() -> list[Spec]:
+    """The runs of all ablations, each once, the base first."""
+    specs: list[Spec] = []
+    for spec in (BASE, *(s for variants in ABLATIONS.values() for s in variants.values())):
+        if spec not in specs:
+            specs.append(spec)
+    return specs
+
+
+# -- results --------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The finished runs. A line that a killed writer left torn is dropped with a message."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{path}:{number}: dropped a torn line; its run counts as missing", flush=True)
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a line; what a killed writer left of another stays a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    with path.open("a") as file:
+        file.write("\n" * torn + json.dumps(row) + "\n")
+
+
+def missing(specs: Sequence[Spec], rows: Sequence[dict[str, Any]]) -> list[Spec]:
+    """The runs without a row, in their order."""
+    done = [Spec.from_row(row) for row in rows]
+    return [spec for spec in specs if spec not in done]
+
+
+def expected_seconds(spec: Spec, rows: Sequence[dict[str, Any]]) -> float | None:
+    """Time of a run by the medians of the same recipe and detector; None if there is none yet.
+
+    Calibration is linear in images, evaluation does not depend on them.
+    """
+    alike = [r for r in rows if r["recipe"] == spec.recipe and r["detector"] == spec.detector]
+    if not alike:
+        return None
+    calibration = statistics.median(r["calibration_seconds"] / r["num_calib"] for r in alike)
+    others = [r["seconds"] - r["calibration_seconds"] for r in alike if "seconds" in r]
+    return calibration * spec.num_calib + (statistics.median(others) if others else 0.0)
