@@ -117,6 +117,7 @@ class Policy:
         scope: 'backbone' or 'detector'.
         formats: the recipe's rules; a pattern may match nothing.
         overrides: the user's rules; a pattern that matches no layer is an error.
+        output_compensation: whether blocks get a linear correction of their output, in float (QwT).
     """
 
     w_bits: int = 8
@@ -124,6 +125,7 @@ class Policy:
     scope: str = "backbone"
     formats: dict[str, Rule] = field(default_factory=dict)
     overrides: dict[str, Rule] = field(default_factory=dict)
+    output_compensation: bool = False
 
     @classmethod
     def from_dict(cls, policy: dict[str, Any], where: str = "quant") -> "Policy":
@@ -142,6 +144,10 @@ class Policy:
             if not hasattr(rules, "items"):
                 raise BadInputError(f"{where}.{key}: expected dict(name=dict(pattern=..., ...)), got {rules!r}")
             policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
+        if not isinstance(policy.get("output_compensation", False), bool):
+            raise BadInputError(
+                f"{where}.output_compensation: expected True or False, got {policy['output_compensation']!r}"
+            )
         return cls(**policy)
 
     def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], str]:

@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--limit-minutes", type=float, metavar="M", help="start no run after M minutes")
     add("--report", action="store_true", help="run nothing, only write the report")
     add("--out", type=Path, default=RESULTS / "accuracy.jsonl")
-    add("--work-dir", type=Path, default=ROOT / "work_dirs" / "accuracy")
+    add("--work-dir", type=lambda p: Path(p).resolve(), default=ROOT / "work_dirs" / "accuracy")
     add("--docs", type=Path, default=ROOT / "docs", help="folder for results.md and images/")
     return parser.parse_args(argv)
 

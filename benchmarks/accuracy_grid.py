@@ -140,11 +140,12 @@ def _rank(spec: Spec) -> tuple[int, ...]:
 # -- ablations: single changes of one run ---------------------------------------------------------------------
 
 BASE = Spec(detector="mask-rcnn", scope="backbone", bits="W4A4", recipe="apq_fast")
+PLUS = replace(BASE, bits="W2A4", recipe="apq_plus")  # at these bits its parts tell
 _SEARCH, _ATTENTION = "model.quant.search", "model.quant.formats.products.attention"
 
 
-def _changed(key: str, value: Any) -> Spec:
-    return replace(BASE, options={key: value})
+def _changed(key: str, value: Any, base: Spec = BASE) -> Spec:
+    return replace(base, options={key: value})
 
 
 # what is varied -> variant -> run; the base is a variant of each
@@ -172,7 +173,25 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
     },
     "order in a block": {"backward": BASE, "forward": _changed(f"{_SEARCH}.order", "forward")},
     "calibration images": {str(n): replace(BASE, num_calib=n) for n in (1, 4, 8, 16, 32, 64, 128)},
+    "parts of apq_plus": {
+        "all": PLUS,
+        "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
+        "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
+        "no compensation": _changed("model.quant.compensation", None, PLUS),
+        "inputs not made up for": _changed("model.quant.compensation.activations", False, PLUS),
+        "weights rounded to nearest": _changed("model.quant.compensation.rounding", False, PLUS),
+        "tokens weighted by gradients": _changed("model.quant.compensation.weighted", True, PLUS),
+        "damping 0.02": _changed("model.quant.compensation.damping", 0.02, PLUS),
+        "then learned rounding": replace(
+            PLUS, options={"model.quant.reconstruction.iterations": 200, "model.quant.reconstruction.batch": 16}
+        ),
+    },
 }
+
+
+def base_of(variants: dict[str, Spec]) -> Spec:
+    """What the variants of one ablation are compared with: the common base where it is among them, else the first."""
+    return BASE if BASE in variants.values() else next(iter(variants.values()))
 
 
 def ablation_specs() -> list[Spec]:

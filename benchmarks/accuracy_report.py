@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import ABLATIONS, BASE, DETECTORS, GROUNDS, SCOPES, Spec, label
+from accuracy_grid import ABLATIONS, BASE, DETECTORS, GROUNDS, PLUS, SCOPES, Spec, base_of, label
 
 Row = dict[str, Any]
 TASKS = ("bbox", "segm")
@@ -120,13 +120,14 @@ def ablation_table(rows: Sequence[Row], num_val: int | None = None) -> str:
         spec = Spec.from_row(row)
         if spec.num_val == num_val:
             found.setdefault(_comparable(spec), []).append(row)
-    base = found.get(_comparable(BASE), [])
     lines = []
     for varied, variants in ABLATIONS.items():
+        base_spec = base_of(variants)
+        base = found.get(_comparable(base_spec), [])
         for variant, spec in variants.items():
             same = found.get(_comparable(spec), [])
             if same:
-                name = f"{variant} (base)" if spec == BASE else variant
+                name = f"{variant} (base)" if spec == base_spec else variant
                 lines.append([varied, name, box_and_mask(same), *differences(same, base), *cost(same)])
     if all(line[1].endswith("(base)") for line in lines):
         return ""
@@ -282,7 +283,7 @@ def _val_sizes(rows: Sequence[Row]) -> list[int | None]:
 def _ablation_text() -> str:
     return (
         f"Single changes of `{BASE.recipe}`, {BASE.detector}, {BASE.ground}, scope `{BASE.scope}`, {BASE.bits}, "
-        f"{BASE.num_calib} images (the base)."
+        f"{BASE.num_calib} images (the base), and of `{PLUS.recipe}` at {PLUS.bits}. Where nothing is said, one seed."
     )
 
 

@@ -27,6 +27,24 @@ from apq_mmdet.policy import Policy
         (dict(search=dict(objective=dict(type="hessian", eliminate=1.5))), "eliminate must be"),
         (dict(search=dict(windows=2, block_input="quantized")), "windows=2 needs block_input='float'"),
         (dict(on_unseen="ignore"), "on_unseen"),
+        (dict(observer="percentil"), "quant.observer: .*did you mean 'percentile'"),
+        (dict(search={}, equalize=1.5), "quant.equalize: expected a number from 0 .* to 1 .*, got 1.5"),
+        (dict(search={}, equalize=-0.1), "quant.equalize: .*got -0.1"),
+        (dict(search={}, equalize=float("nan")), "quant.equalize: .*got nan"),
+        (dict(search={}, equalize=True), "quant.equalize: .*got True"),
+        (dict(search={}, equalize="all"), "quant.equalize: .*got 'all'"),
+        (dict(equalize=0.5), "quant.equalize works on searched blocks: it needs a quant.search"),
+        (dict(compensation=dict(ranges=0)), "quant.compensation works on searched blocks"),
+        (dict(reconstruction=dict(iterations=1)), "quant.reconstruction works on searched blocks"),
+        (dict(reconstruction=[dict(iterations=1)]), "quant.reconstruction works on searched blocks"),
+        (dict(search={}, compensation=dict(range=0)), "quant.compensation: .*did you mean 'ranges'"),
+        (dict(search={}, compensation=False), "quant.compensation: expected dict"),
+        (dict(search={}, reconstruction=3), "quant.reconstruction: expected dict"),
+        (dict(search={}, reconstruction=dict(batch=0)), r"quant.reconstruction.batch: expected .* >= 1, got 0"),
+        (dict(search={}, reconstruction=[{}, dict(batch=0)]), r"quant.reconstruction\[1\].batch: .*got 0"),
+        (dict(search={}, reconstruction=[{}, "fast"]), r"quant.reconstruction\[1\]: expected dict"),
+        (dict(search=dict(grids=dict(attention=(0, 1, 3)))), "quant.search.grids.attention: expected 0 < first"),
+        (dict(search=dict(grids=dict(querry=(0.5, 1, 3)))), "quant.search.grids: .*did you mean 'query'"),
         (dict(overrides=[dict(pattern="*")]), "expected dict\\(name=dict"),
         (dict(overrides=dict(r=True)), "quant.overrides.r: expected dict\\(pattern="),
         (dict(search=1), "quant.search: expected dict"),
@@ -83,3 +101,10 @@ def test_bare_bits_do_not_quantize_what_the_recipe_leaves_float():
     for override, quantized in ((dict(pattern="*", bits=8), []), (dict(pattern="*", weight=dict(bits=8)), ["weight"])):
         policy = Policy.from_dict(dict(formats=formats, overrides=dict(mine=override)))
         assert list(policy.scheme("up", "ConvTranspose2d", roles)[0]) == quantized
+
+
+def test_reconstructions_in_turn():
+    stages = Recipe.from_dict(dict(search={}, reconstruction=[dict(iterations=3), dict(iterations=5)])).reconstruction
+    assert [stage.iterations for stage in stages] == [3, 5]
+    assert len(Recipe.from_dict(dict(search={}, reconstruction=dict(iterations=3))).reconstruction) == 1
+    assert Recipe.from_dict(dict(search={}, reconstruction=None)).reconstruction == ()

@@ -49,6 +49,7 @@ class BlockCall:
         outputs: the tensors of its float output.
         grads: gradient of the calibration loss at each output, at the disturbed point; same shapes.
         image: index of the image.
+        float_inputs: (args, kwargs) of the float model, where ``args`` are what quantized blocks give; else None.
     """
 
     args: tuple[Any, ...]
@@ -56,6 +57,7 @@ class BlockCall:
     outputs: list[Tensor]
     grads: list[Tensor]
     image: int
+    float_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from apq_mmdet.calibration.blocks import partition, watch_blocks
 from apq_mmdet.calibration.compensation import compensate
 from apq_mmdet.calibration.distributed import gather, is_first, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
+from apq_mmdet.calibration.output_compensation import fit_output_compensation
 from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
@@ -116,7 +117,7 @@ def calibrate(
                 quantizer.set_range_factor(1.0)
             reports: list[BlockReport] = []
             if recipe.search is not None:
-                capture_gradients(model, blocks, samples, task, store)
+                capture_gradients(model, blocks, samples, task, store, recipe.importance)
                 reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
     finally:
         model.train(was_training)
@@ -253,6 +254,7 @@ def _finish_one(
     for number, stage in enumerate(recipe.reconstruction):
         progress.quantizer("reconstruction")
         reconstruct(module, calls, stage, seed + number, progress.candidates)
+    fit_output_compensation(block, module, calls)
     calls.drop()
     return factors
 

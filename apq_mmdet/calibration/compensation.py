@@ -12,8 +12,10 @@ tokens, with weights of importance w:
 All but the last need two K x K matrices only, however many tokens there are.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,14 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import gather
-from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
+from apq_mmdet.calibration.distributed import SHARD, by_shard, gather
+from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, batches, rows_of
 from apq_mmdet.errors import BadInputError, CalibrationError
-from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.policy import refuse_unknown
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 FIRST_FACTOR, LAST_FACTOR = 0.3, 1.1  # of the ranges that step 2 tries
+TOKENS = 2**12  # whose float64 copies are made at once
+LEAST_VARIATION = 1e-12  # share of an input's power; what varies less is rounding noise
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class CompensationConfig:
     Args:
         activations: step 1, make up for the error of quantized inputs; else W' is W.
         rounding: step 3, spread rounding errors; else every weight is rounded to its nearest code.
-        ranges: number of range factors in step 2; 0 keeps the ranges of the search.
+        ranges: number of range factors in step 2, two or more; 0 keeps the ranges of the search.
         damping: lambda, relative to the mean diagonal of H; also what keeps step 3 well posed.
         weighted: importance of a token is the mean square of the gradient at the layer's output; else all are equal.
     """
@@ -60,8 +64,8 @@ class CompensationConfig:
             if not isinstance(config.get(key, True), bool):
                 raise BadInputError(f"{where}.{key}: expected True or False, got {config[key]!r}")
         ranges, damping = config.get("ranges", 0), config.get("damping", 1.0)
-        if isinstance(ranges, bool) or not isinstance(ranges, int) or ranges < 0:
-            raise BadInputError(f"{where}.ranges: expected a whole number >= 0, got {ranges!r}")
+        if isinstance(ranges, bool) or not isinstance(ranges, int) or ranges < 0 or ranges == 1:
+            raise BadInputError(f"{where}.ranges: expected 0 or a whole number >= 2, got {ranges!r}")
         if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
             raise BadInputError(f"{where}.damping: expected a number above 0, got {damping!r}")
         return cls(**config)
@@ -98,37 +102,41 @@ class Moments:
         mixed = self.mixed - torch.outer(self.mean, self.quantized_mean) / total
         return Moments(quantized, mixed, self.mean, self.quantized_mean, self.weight)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __iadd__(self, other: "Moments") -> "Moments":
+        for own, others in zip(vars(self).values(), vars(other).values(), strict=True):
+            own += others
+        return self
 
 
 @torch.no_grad()
 def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) -> dict[str, float]:
     """Replace the quantized weights of a block's linears and plain convolutions, in the order of their execution.
 
-    Each layer is judged on what the layers before it, already compensated, make of their quantized inputs. Weights end
-    on their quantizers' grids, so that quantizing them again changes no bit. Layers of other kinds stay as they are.
+    Each layer's quantized inputs are what the layers before it, already compensated, make of theirs; its float inputs
+    are those of the float block. Weights end on their quantizers' grids, so that quantizing them again changes no bit.
+    Layers of other kinds stay as they are, and so does one whose inputs never vary or whose gradients are all zero.
 
     Args:
         module: the block, or its view of units; its quantizers are calibrated.
-        calls: inputs, float outputs and gradients of this process' images; in a distributed run sums of processes are
-            added in the order of their ranks, so that all end alike.
+        calls: inputs, float outputs and gradients of this process' images; in a distributed run the sums of all
+            processes are added in the order of the images, so that all end alike, however many there are.
         config: what is done.
 
     Returns:
-        By layer, how much of sum w |W x + b - W'' x' - b''|^2 with the weights of before was taken away, in a unit
-        that compares within a layer only.
+        By layer, how much of sum w |W x + b - W'' x' - b''|^2 with the quantized weights of before, and the best bias
+        for them, was taken away, in a unit that compares within a layer only.
 
     Raises:
         CalibrationError: a sum over tokens is NaN or infinite.
     """
-    for quantizer in quantizers_of(module):
-        quantizer.mode = QuantizerMode.QUANTIZE
+    # weights change as we go, the float inputs and gradients must not
+    reference = copy.deepcopy(module).requires_grad_(False)
+    for block, mode in ((reference, QuantizerMode.FLOAT), (module, QuantizerMode.QUANTIZE)):
+        for quantizer in quantizers_of(block):
+            quantizer.mode = mode
     gains: dict[str, float] = {}
     for name, layer in _layers(module, calls):
-        moments = _moments(module, layer, calls, config.weighted)
-        if moments is None:
-            continue
+        moments = _moments(module, reference, name, calls, config.weighted)
         if not all(bool(t.isfinite().all()) for t in vars(moments).values()):
             raise CalibrationError(f"compensation of layer {name!r}: its inputs or gradients are NaN or infinite")
         gains[name] = _compensate_layer(layer, moments, config)
@@ -139,42 +147,65 @@ def _layers(module: nn.Module, calls: UnitCalls) -> list[tuple[str, QuantizedLay
     """Layers whose weights are compensated, by execution in the first calls of all kinds of all processes."""
     names = {layer: name for name, layer in quantized_layers(module) if _fits(layer)}
     ran: list[str] = []
+    seen: list[tuple[int, str]] = []
     handles = [layer.register_forward_pre_hook(lambda m, _: ran.append(names[m])) for layer in names]
     try:
         for call in calls.kinds():
+            ran.clear()
             module(*call.args, **call.kwargs)
+            seen += ((call.image, name) for name in ran)
     finally:
         for handle in handles:
             handle.remove()
-    order = dict.fromkeys(name for part in gather(ran) for name in part)
+    # in the order of the images, not of the processes
+    merged = sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0])
+    order = dict.fromkeys(name for _, name in merged)
     layers = {name: layer for layer, name in names.items()}
     return [(name, layers[name]) for name in order]
 
 
 def _fits(layer: QuantizedLayer) -> bool:
-    plain = layer.kind == "Linear" or (layer.kind == "Conv2d" and layer.groups == 1 and layer.padding_mode == "zeros")
+    plain = layer.kind == "Linear" or (
+        layer.kind == "Conv2d"
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
     return plain and "weight" in layer.quantizers
 
 
-def _moments(module: nn.Module, layer: QuantizedLayer, calls: UnitCalls, weighted: bool) -> Moments | None:
-    """Sums over all calls of all processes, or None if the layer never ran."""
-    own: Moments | None = None
-    for batch in batches(calls):
-        for _, _, tile in batch.tiles():
-            for part in _tokens(module, layer, tile, weighted):
-                own = part if own is None else own + part
-    found = [m for m in gather(None if own is None else _to(own, "cpu")) if m is not None]
-    return _to(sum(found[1:], found[0]), layer.weight.device) if found else None
+def _moments(module: nn.Module, reference: nn.Module, name: str, calls: UnitCalls, weighted: bool) -> Moments:
+    """Sums over all calls of all processes, in at least one of which the layer runs."""
+
+    def of_shard(group: Iterator[Batch]) -> Moments | None:
+        tiles = (tile for batch in group for _, _, tile in batch.tiles())
+        total = _total(part for tile in tiles for part in _tokens(module, reference, name, tile, weighted))
+        return None if total is None else _to(total, "cpu")
+
+    shards = groupby(batches(calls), key=lambda batch: batch.calls[0].image // SHARD)
+    total = _total(by_shard((shard, of_shard(group)) for shard, group in shards))
+    return _to(total, module.get_submodule(name).weight.device)
+
+
+def _total(parts: Iterable[Moments]) -> Moments | None:
+    total: Moments | None = None
+    for part in parts:
+        if total is None:
+            total = part
+        else:
+            total += part
+    return total
 
 
 def _to(moments: Moments, device: torch.device | str) -> Moments:
     return Moments(*(t.to(device) for t in vars(moments).values()))
 
 
-def _tokens(module: nn.Module, layer: QuantizedLayer, tile: UnitCall, weighted: bool) -> Iterator[Moments]:
-    """Moments of each run of the layer in one call of the block."""
-    with torch.set_grad_enabled(weighted), float_only(module):
-        floats, outputs, rows = _watched(module, layer, tile)
+def _tokens(module: nn.Module, reference: nn.Module, name: str, tile: UnitCall, weighted: bool) -> Iterator[Moments]:
+    """Moments of the tokens, some at a time, of each run of the layer in one call of the block."""
+    layer = module.get_submodule(name)
+    with torch.set_grad_enabled(weighted):
+        floats, outputs, rows = _watched(reference, reference.get_submodule(name), tile.of_float)
         grads: tuple[Tensor | None, ...] = (None,) * len(outputs)
         if weighted and rows.requires_grad:
             grads = torch.autograd.grad(rows, outputs, tile.grads, allow_unused=True)
@@ -186,7 +217,8 @@ def _tokens(module: nn.Module, layer: QuantizedLayer, tile: UnitCall, weighted: 
             importance = importance.zero_() if grad is None else _positions(layer, grad).square().mean(1)
         if "input" in layer.quantizers:
             x_quantized = layer.quantizers["input"](x_quantized)
-        yield Moments.of(columns, _columns(layer, x_quantized), importance)
+        tensors = (columns, _columns(layer, x_quantized), importance)
+        yield from map(Moments.of, *(t.split(TOKENS) for t in tensors))
 
 
 def _watched(module: nn.Module, layer: QuantizedLayer, tile: UnitCall) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -225,7 +257,10 @@ def _positions(layer: QuantizedLayer, output: Tensor) -> Tensor:
 def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: CompensationConfig) -> float:
     quantizer = layer.quantizers["weight"]
     weight = layer.weight.flatten(1).double()  # [N, K]
+    power = moments.quantized.diagonal().mean()
     moments = moments if layer.bias is None else moments.centered()
+    if not moments.quantized.diagonal().mean() > LEAST_VARIATION * power:
+        return 0.0
     before = _error(weight, quantizer.fake_quantize(layer.weight).flatten(1).double(), moments)
     hessian = moments.quantized + config.damping * moments.quantized.diagonal().mean() * _eye(moments.quantized)
     wanted = weight
@@ -243,7 +278,7 @@ def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: Compensat
     codes = codes + quantizer.per_element(quantizer.zero_point, layer.weight)
     layer.weight.copy_(quantizer.decode(codes))
     after = layer.weight.flatten(1).double()
-    if layer.bias is not None and bool(moments.weight > 0):
+    if layer.bias is not None:
         layer.bias.add_((weight @ moments.mean - after @ moments.quantized_mean) / moments.weight)
     return float(before - _error(weight, after, moments))
 
@@ -299,7 +334,7 @@ def spread_rounding(weight: Tensor, hessian: Tensor, scale: Tensor, low: Tensor,
         scale, low, high: step, lowest and highest code less the zero point, [N, 1].
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    left = weight[:, order].clone()
+    left = weight[:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty_like(left)

@@ -4,7 +4,7 @@ Candidate errors are sums over images. They are gathered and added in the order 
 ties fall the same way for any number of processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmengine.dist import all_gather_object, get_dist_info
@@ -39,6 +39,23 @@ def gather(value: Any) -> list[Any]:
             f"another process of this calibration has died or hangs ({error}); its own message says why. Start all "
             f"processes again with --resume"
         ) from error
+
+
+def by_shard(own: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+    """The values of all shards of all processes in the order of the shards, at most one a process being held.
+
+    Args:
+        own: (shard, value) of this process' shards in their order; None is passed over.
+
+    Raises:
+        CalibrationError: another process is gone.
+    """
+    processes = get_dist_info()[1]
+    entry, turn = next(own, None), 0
+    while any(gather(entry is not None)):
+        is_due = entry is not None and entry[0] // processes == turn
+        yield from (value for value in gather(entry[1] if is_due else None) if value is not None)
+        entry, turn = next(own, None) if is_due else entry, turn + 1
 
 
 def share_observed(quantizers: Sequence[Quantizer]) -> None:

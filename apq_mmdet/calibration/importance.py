@@ -1,12 +1,19 @@
 """Importance of output elements: the gradient of a distillation loss at a disturbed point.
 
 The loss of a float model against itself has a gradient of rounding noise, and a search weighted by it picks ranges at
-random. The gradient is therefore taken where the min-max-quantized model stands, and a point that is not disturbed, or
-a gradient that is zero or not finite, is refused.
+random. The gradient is therefore taken at a disturbed point, and one that is not disturbed, or a gradient that is zero
+or not finite, is refused. There are two kinds of disturbance:
+
+* 'disturbed': the min-max-quantized model; the importance is the gradient there.
+* 'perturbation': the float model with every block output shifted by +e and by -e; the importance is
+  ``|g(+e) - g(-e)|``, a finite difference along e. This is a reconstruction of the importance of APHQ-ViT (Wu et al.,
+  CVPR 2025). Its official code shifts one block at a time, every element by the constant 1e-6, under the RPN's loss
+  alone. Here all blocks are shifted at once, so that two backward passes an image do however many blocks there are,
+  by random signs times a share of each output's standard deviation, which float32 does not round away.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +26,13 @@ from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
 from apq_mmdet.calibration.distributed import gather, is_first, own_images
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers.base import float_only
 
 LEAST_DISTURBANCE = 1e-6  # relative; rounding noise of float32 is about 1e-7, 8-bit quantization about 1e-3
 
 GRADIENT_SCALE = 2.0**20  # squares of small gradients stay far from float32 underflow; no argmin changes
+
+PERTURBATION = 0.01  # e in standard deviations of a block's output
 
 
 class CalibrationTask(ABC):
@@ -70,17 +80,23 @@ def feature_loss(student: Any, teacher: Any) -> Tensor:
     return torch.stack(terms).sum()
 
 
+Grads = dict[tuple[str, int], list[Tensor]]  # by block and number of its call, one tensor for each output
+Shift = Callable[[Tensor], Tensor]  # what the model goes on with in the place of a block's output
+
+
 def capture_gradients(
     model: nn.Module,
     blocks: dict[str, nn.Module],
     samples: Sequence[Any],
     task: CalibrationTask,
     store: CaptureStore,
+    importance: str = "disturbed",
 ) -> None:
-    """One disturbed pass with its backward per image; the gradients of all block outputs go to ``store``.
+    """Disturbed passes with their backwards for each image; the importance of all block outputs goes to ``store``.
 
     Args:
         store: holds (outputs, context) of each sample from the float pass, and takes the gradients.
+        importance: a key of ``IMPORTANCES``.
 
     Raises:
         CalibrationError: see the module's docstring.
@@ -92,7 +108,11 @@ def capture_gradients(
     try:
         for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_first()):
             teacher, context = store.get(("teacher", image))
-            for (name, index), grads in _gradients(model, blocks, samples[image], task, teacher, context).items():
+
+            def gradients(shift: Shift, image: int = image, teacher: Any = teacher, context: Any = context) -> Grads:
+                return _gradients(model, blocks, samples[image], task, teacher, context, shift)
+
+            for (name, index), grads in IMPORTANCES[importance](model, gradients, image).items():
                 seen[name] |= any(bool(g.any()) for g in grads)
                 store.add_grads(name, image, index, grads)
     finally:
@@ -107,6 +127,37 @@ def capture_gradients(
         )
 
 
+def _disturbed(model: nn.Module, gradients: Callable[[Shift], Grads], image: int) -> Grads:
+    """The gradient at the model as it is, quantized."""
+    return gradients(lambda output: output)
+
+
+def _perturbation(model: nn.Module, gradients: Callable[[Shift], Grads], image: int) -> Grads:
+    """``|g(+e) - g(-e)|`` around the float model."""
+    with float_only(model):
+        up, down = (gradients(_random_shift(image, sign)) for sign in (1, -1))
+    return {key: [(a - b).abs_() for a, b in zip(up[key], down[key], strict=True)] for key in up}
+
+
+def _random_shift(seed: int, sign: int) -> Shift:
+    """Adds ``sign * e`` to one output after the other; the same e for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shift(output: Tensor) -> Tensor:
+        if not output.is_floating_point() or not output.numel():
+            return output
+        signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
+        return output + signs.mul_(sign * PERTURBATION * output.detach().std(unbiased=False))
+
+    return shift
+
+
+IMPORTANCES: dict[str, Callable[[nn.Module, Callable[[Shift], Grads], int], Grads]] = {
+    "disturbed": _disturbed,
+    "perturbation": _perturbation,
+}
+
+
 def _gradients(
     model: nn.Module,
     blocks: dict[str, nn.Module],
@@ -114,8 +165,10 @@ def _gradients(
     task: CalibrationTask,
     teacher: Any,
     context: Any,
-) -> dict[tuple[str, int], list[Tensor]]:
-    outputs: dict[tuple[str, int], list[Tensor]] = {}
+    shift: Shift,
+) -> Grads:
+    """Gradients at the block outputs of one pass, in which ``shift`` maps what follows sees of each output."""
+    outputs: Grads = {}
 
     def see(name: str, args: tuple, kwargs: dict, output: Any) -> Any:
         # the first block's output depends on no parameter that wants a gradient: make it a leaf that does
@@ -124,9 +177,10 @@ def _gradients(
             lambda t: t if t.requires_grad or not t.is_floating_point() else t.requires_grad_(),
             output,
         )
-        index = sum(1 for block, _ in outputs if block == name)
-        outputs[name, index] = tensors_of(tracked)
-        return tree_map_only(Tensor, torch.clone, tracked)  # what follows may modify it in place
+        key = name, sum(1 for block, _ in outputs if block == name)
+        outputs[key] = tensors_of(tracked)
+        # a copy, because what follows may modify it in place
+        return tree_map_only(Tensor, lambda t: shift(t.clone()), tracked)
 
     with torch.enable_grad(), watch_blocks(blocks, see):
         student = task.student(model, sample, context)

@@ -1,13 +1,9 @@
 """Minibatches of a block's units, drawn at random from calls that live in a store."""
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from apq_mmdet.calibration.distributed import gather
-from apq_mmdet.calibration.units import UnitCall, UnitCalls
+from apq_mmdet.calibration.units import UnitCall, UnitCalls, stacked
 
 CALLS = 4  # that one minibatch comes from: reading calls back from disk is what drawing costs
 
@@ -46,14 +42,3 @@ class Minibatches:
             index = torch.randint(len(call.targets), (units,), generator=self._generator)
             parts.setdefault(call.signature, []).append(call.map(lambda t, index=index: t[index.to(t.device)]))
         return [stacked(part) for part in parts.values()]
-
-
-def stacked(calls: list[UnitCall]) -> UnitCall:
-    """The units of separable calls of one signature as one call."""
-    if len(calls) == 1:
-        return calls[0]
-    trees = [tree_flatten([list(c.args), c.kwargs, c.targets, c.grads, c.padding]) for c in calls]
-    columns = zip(*(leaves for leaves, _ in trees), strict=True)
-    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-    args, kwargs, targets, grads, padding = tree_unflatten(leaves, trees[0][1])
-    return replace(calls[0], args=tuple(args), kwargs=kwargs, targets=targets, grads=grads, padding=padding)

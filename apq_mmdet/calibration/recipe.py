@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from apq_mmdet.calibration.compensation import CompensationConfig
+from apq_mmdet.calibration.importance import IMPORTANCES
 from apq_mmdet.calibration.objectives import build_objective
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig
 from apq_mmdet.calibration.scoring import Candidate
@@ -108,6 +109,8 @@ class Recipe:
         search: None for plain observed ranges.
         on_unseen: what becomes of a quantizer that saw no data: 'error', or left 'float'.
         observer: how activation ranges follow from data, 'minmax' or 'percentile'.
+        importance: what weighs the errors of block outputs: the gradient at the 'disturbed' model, or its change under
+            a 'perturbation'.
         equalize: strength of the rescalings that make channels even before anything else; 0 for none.
         compensation: what weights make up for after the search of their block, or None.
         reconstruction: what is learned after that, in this order.
@@ -118,6 +121,7 @@ class Recipe:
     search: SearchConfig | None
     on_unseen: str = "error"
     observer: str = "minmax"
+    importance: str = "disturbed"
     equalize: float = 0.0
     compensation: CompensationConfig | None = None
     reconstruction: tuple[ReconstructionConfig, ...] = ()
@@ -125,7 +129,7 @@ class Recipe:
     @property
     def changes_weights(self) -> bool:
         """Whether a finished block differs from the float one in more than its quantizers."""
-        return self.compensation is not None or bool(self.reconstruction)
+        return self.compensation is not None or bool(self.reconstruction) or self.policy.output_compensation
 
     @classmethod
     def from_dict(cls, quant: dict[str, Any]) -> "Recipe":
@@ -140,8 +144,10 @@ class Recipe:
         refuse_unknown(quant, ("recipe", *own_keys, *policy_keys), "quant")
         refuse_unknown([quant.get("on_unseen", "error")], ON_UNSEEN, "quant.on_unseen")
         refuse_unknown([quant.get("observer", "minmax")], OBSERVERS, "quant.observer")
+        refuse_unknown([quant.get("importance", "disturbed")], IMPORTANCES, "quant.importance")
         search, compensation = quant.get("search"), quant.get("compensation")
-        steps = [key for key in ("equalize", "compensation", "reconstruction") if quant.get(key)]
+        needing = ("importance", "equalize", "compensation", "reconstruction", "output_compensation")
+        steps = [key for key in needing if quant.get(key)]
         if search is None and steps:
             raise BadInputError(f"quant.{steps[0]} works on searched blocks: it needs a quant.search")
         return cls(
@@ -150,6 +156,7 @@ class Recipe:
             search=None if search is None else SearchConfig.from_dict(search, "quant.search"),
             on_unseen=quant.get("on_unseen", "error"),
             observer=quant.get("observer", "minmax"),
+            importance=quant.get("importance", "disturbed"),
             equalize=_strength(quant.get("equalize", 0.0)),
             compensation=None
             if compensation is None

@@ -45,5 +45,7 @@ def sample_rows(block: nn.Module, call: BlockCall, search: SearchConfig, generat
     def pick(t: Tensor) -> Tensor:
         return t[chosen.to(t.device)]
 
-    parts = tree_map_only(Tensor, pick, [call.args, call.kwargs, call.outputs, call.grads])
-    return replace(call, args=tuple(parts[0]), kwargs=parts[1], outputs=parts[2], grads=parts[3])
+    args, kwargs, outputs, grads, floats = tree_map_only(
+        Tensor, pick, [call.args, call.kwargs, call.outputs, call.grads, call.float_inputs]
+    )
+    return replace(call, args=tuple(args), kwargs=kwargs, outputs=outputs, grads=grads, float_inputs=floats)

@@ -68,6 +68,9 @@ class TensorStore:
         left = iter(tensors)
         return tree_unflatten([next(left) if leaf is TENSOR else leaf for leaf in leaves], spec)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._structure
+
     def drop(self, key: Hashable) -> None:
         """Forget a key."""
         self._structure.pop(key, None)
@@ -105,7 +108,8 @@ class CaptureStore(TensorStore):
         self.put((block, image, index, "output"), tensors_of(output))
 
     def replace_input(self, block: str, image: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Exchange the recorded input of a call, keeping its float output."""
+        """Exchange the recorded input of a call, keeping its float output, and the float input apart."""
+        self.put((block, image, index, "float_input"), self.get((block, image, index, "input")))
         self.put((block, image, index, "input"), (args, kwargs))
 
     def add_grads(self, block: str, image: int, index: int, grads: list[Tensor]) -> None:
@@ -130,7 +134,7 @@ class CaptureStore(TensorStore):
         for image, index in sorted(self._calls.get(block, [])):
             args, kwargs = self.get((block, image, index, "input"))
             outputs, grads = (self.get((block, image, index, part)) for part in ("output", "grads"))
-            yield BlockCall(tuple(args), kwargs, outputs, grads, image)
+            yield BlockCall(tuple(args), kwargs, outputs, grads, image, self._float_inputs(block, image, index))
             self._drop_call(block, image, index, keep_inputs)
 
     def inputs(self, block: str) -> Iterator[BlockCall]:
@@ -145,6 +149,13 @@ class CaptureStore(TensorStore):
         for image, index in self._calls.get(block, []):
             self._drop_call(block, image, index, keep_inputs)
 
+    def _float_inputs(self, block: str, image: int, index: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        key = (block, image, index, "float_input")
+        if key not in self:
+            return None
+        args, kwargs = self.get(key)
+        return tuple(args), kwargs
+
     def _drop_call(self, block: str, image: int, index: int, keep_inputs: bool) -> None:
-        for part in ("output", "grads") if keep_inputs else ("input", "output", "grads"):
+        for part in ("output", "grads", "float_input") + (() if keep_inputs else ("input",)):
             self.drop((block, image, index, part))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.distributed import SHARD
@@ -66,6 +66,7 @@ class UnitCall:
         image: the image's index.
         elements: number of output elements of the whole call without padding, also where only some units are held.
         separable: whether units can be judged apart.
+        float_args: the float model's ``args``, where those are what quantized blocks give; else None.
     """
 
     args: tuple[Any, ...]
@@ -76,6 +77,12 @@ class UnitCall:
     image: int
     elements: int
     separable: bool
+    float_args: tuple[Any, ...] | None = None
+
+    @property
+    def of_float(self) -> "UnitCall":
+        """The same call with the inputs of the float model."""
+        return self if self.float_args is None else replace(self, args=self.float_args, float_args=None)
 
     @property
     def signature(self) -> str:
@@ -101,10 +108,25 @@ class UnitCall:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "UnitCall":
         """Apply a function to every tensor."""
-        args, kwargs, targets, grads, padding = tree_map_only(
-            Tensor, function, [list(self.args), self.kwargs, self.targets, self.grads, self.padding]
+        return self.with_tensors(tree_map_only(Tensor, function, self.tensors()))
+
+    def tensors(self) -> list[Any]:
+        """Everything that holds tensors, as a tree."""
+        floats = None if self.float_args is None else list(self.float_args)
+        return [list(self.args), self.kwargs, self.targets, self.grads, self.padding, floats]
+
+    def with_tensors(self, tree: list[Any]) -> "UnitCall":
+        """The same call with other tensors, in the order of ``tensors``."""
+        args, kwargs, targets, grads, padding, floats = tree
+        return replace(
+            self,
+            args=tuple(args),
+            kwargs=kwargs,
+            targets=targets,
+            grads=grads,
+            padding=padding,
+            float_args=None if floats is None else tuple(floats),
         )
-        return replace(self, args=tuple(args), kwargs=kwargs, targets=targets, grads=grads, padding=padding)
 
 
 def rows_of(outputs: list[Tensor], units: int) -> Tensor:
@@ -119,16 +141,22 @@ def to_units(block: nn.Module, call: BlockCall) -> tuple[nn.Module, UnitCall]:
     Returns:
         The module that maps the units' inputs to their outputs, and the call.
     """
-    view = next((make(block, call) for cls, make in VIEWS.items() if isinstance(block, cls)), None)
+    make = next((make for cls, make in VIEWS.items() if isinstance(block, cls)), lambda *_: None)
+    view = make(block, call)
     if view is None:
         targets, grads = rows_of(call.outputs, 1), rows_of(call.grads, 1)
         padding = torch.zeros(1, dtype=torch.int64, device=targets.device)
-        return block, UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, targets.numel(), False)
+        floats = None if call.float_inputs is None else call.float_inputs[0]
+        elements = targets.numel()
+        return block, UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, elements, False, floats)
     number = next(len(t) for t in tree_flatten(view.args)[0] if isinstance(t, Tensor))
     targets, grads = (rows_of([view.to_units(t) for t in part], number) for part in (call.outputs, call.grads))
     padding = torch.zeros(number, dtype=torch.int64, device=grads.device) if view.padding is None else view.padding
     elements = targets.numel() - int(padding.sum())
-    units = UnitCall(view.args, {}, targets, grads, padding, call.image, elements, separable=True)
+    floats = None
+    if call.float_inputs is not None:
+        floats = make(block, replace(call, args=call.float_inputs[0], kwargs=call.float_inputs[1])).args
+    units = UnitCall(view.args, {}, targets, grads, padding, call.image, elements, True, floats)
     return view.module, units.by_importance()
 
 
@@ -151,22 +179,18 @@ class UnitCalls:
         """Append a call; one without output elements (no RoIs) says nothing and is left out."""
         if not call.targets.numel():
             return
-        tensors = (list(call.args), call.kwargs, call.targets, call.grads, call.padding)
-        self._store.put((self._key, len(self._calls)), tensors)
+        self._store.put((self._key, len(self._calls)), call.tensors())
         self._energies.append(float(call.grads.double().square().sum()))
         self._sizes.append(call.targets.numel())
         self._signatures.append(call.signature)
         empty = torch.empty(0)
-        self._calls.append(replace(call, args=(), kwargs={}, targets=empty, grads=empty, padding=empty))
+        self._calls.append(call.with_tensors([(), {}, empty, empty, empty, None]))
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def __getitem__(self, index: int) -> UnitCall:
-        args, kwargs, targets, grads, padding = self._store.get((self._key, index))
-        return replace(
-            self._calls[index], args=tuple(args), kwargs=kwargs, targets=targets, grads=grads, padding=padding
-        )
+        return self._calls[index].with_tensors(self._store.get((self._key, index)))
 
     def __iter__(self) -> Iterator[UnitCall]:
         return (self[index] for index in range(len(self)))
@@ -237,11 +261,14 @@ def _fits(group: list[UnitCall], call: UnitCall) -> bool:
 
 def _stack(calls: list[UnitCall]) -> Batch:
     lengths = tuple(len(call.targets) for call in calls)
+    return Batch(stacked(calls), lengths, tuple(calls))
+
+
+def stacked(calls: list[UnitCall]) -> UnitCall:
+    """The units of separable calls of one signature as one call."""
     if len(calls) == 1:
-        return Batch(calls[0], lengths, tuple(calls))
-    columns = zip(*(tree_flatten([list(c.args), c.targets, c.grads, c.padding])[0] for c in calls), strict=True)
+        return calls[0]
+    trees = [tree_flatten(call.tensors()) for call in calls]
+    columns = zip(*(leaves for leaves, _ in trees), strict=True)
     leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-    args, (targets, grads, padding) = leaves[:-3], leaves[-3:]
-    first = calls[0]
-    stacked = replace(first, args=tuple(args), targets=targets, grads=grads, padding=padding)
-    return Batch(stacked, lengths, tuple(calls))
+    return calls[0].with_tensors(tree_unflatten(leaves, trees[0][1]))

@@ -9,7 +9,7 @@ from torch import nn
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
-from apq_mmdet.layers.state import FORMAT_VERSION, VERSION_KEY, packed_state_dict
+from apq_mmdet.layers.state import FORMAT_VERSION, VERSION_KEY, is_added, packed_state_dict
 
 META_KEY = "apq_mmdet"
 
@@ -37,7 +37,7 @@ def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
 
 
 def _refuse_other_architecture(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    own = {k: v for k, v in model.state_dict().items() if ".quantizers." not in k and k != VERSION_KEY}
+    own = {k: v for k, v in model.state_dict().items() if not is_added(k)}
     ignored = "num_batches_tracked"
     missing = [key for key in own if key not in state and ignored not in key]
     extra = [key for key in state if key not in own and ignored not in key]

@@ -32,7 +32,7 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EPILOG = """
 examples:
   W4A4 backbone of a float detector, float AP beside it:
-    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq --w-bits 4 --a-bits 4 --eval-float --work-dir DIR
+    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq_plus --w-bits 4 --a-bits 4 --eval-float --work-dir DIR
   the whole detector, calibrated on a folder of images without annotations, no evaluation:
     python tools/quantize_det.py CONFIG CHECKPOINT --scope detector --calib-dir IMAGES --no-eval --work-dir DIR
   leave a layer float (any key of the quant dict can be set):
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("config", help="config of the float detector (or one that inherits a recipe)")
     add("checkpoint", help="its float checkpoint")
     add("--work-dir", required=True, help="folder for quantized.pth, config.py and report.json")
-    add("--recipe", help="name in configs/_base_/recipes or path (default: the config's own, or apq)")
+    add("--recipe", help="name in configs/_base_/recipes or path (default: the config's own, or apq_plus)")
     add("--w-bits", type=int, help=f"weight bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
     add("--a-bits", type=int, help=f"activation bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
     add("--scope", choices=SCOPES, help="what is quantized (default: the recipe's, backbone)")

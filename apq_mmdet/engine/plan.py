@@ -19,7 +19,7 @@ from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.engine.counting import Count, bytes_of, counting, suffix_operations
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
-from apq_mmdet.layers.state import VERSION_KEY
+from apq_mmdet.layers.state import is_added
 from apq_mmdet.quantizers.packing import packed_size
 
 GRADIENT_PASS = 3  # a disturbed forward and its backward, in float forwards
@@ -229,7 +229,7 @@ def weight_sizes(model: nn.Module) -> Sizes:
             before += bytes_of(layer.weight)
             codes += packed_size(layer.weight.numel(), int(quantizer.bits))
             scales += bytes_of(quantizer.state_dict())
-    added = sum(size for key, size in parts.items() if "quantizers." in key or key.endswith(VERSION_KEY))
+    added = sum(size for key, size in parts.items() if is_added(key))
     total = sum(parts.values())
     return Sizes(before, codes + scales, total - added, total - before + codes)
 

@@ -12,6 +12,7 @@ from apq_mmdet.policy import refuse_unknown
 from apq_mmdet.registry import MODELS, SCOPE
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
+DEFAULT_RECIPE = "apq_plus"
 # all twelve COCO numbers; mmdet's CocoMetric gives six by default
 COCO_ITEMS = [
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
@@ -21,6 +22,15 @@ COCO_ITEMS = [
 
 def load_recipe(name: str) -> dict[str, Any]:
     """The ``quant`` dict of a recipe, by its name or by the path of a config that defines ``quant``."""
+    return read_recipe(name).quant.to_dict()
+
+
+def read_recipe(name: str) -> Config:
+    """The config of a recipe, by its name or path.
+
+    Raises:
+        BadInputError: no such recipe, or a file that defines no ``quant``.
+    """
     known = sorted(path.stem for path in RECIPES.glob("*.py"))
     if not known and not name.endswith(".py"):
         raise BadInputError(f"no recipes in {RECIPES}: this is no checkout of apq_mmdet; give a recipe by its path")
@@ -32,7 +42,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     recipe = read_config(str(path))
     if not isinstance(recipe.get("quant"), dict):
         raise BadInputError(f"recipe file {path} defines no 'quant' dict")
-    return recipe.quant.to_dict()
+    return recipe
 
 
 def read_config(path: str) -> Config:
@@ -48,7 +58,7 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
 
     Args:
         cfg: any mmdet config; a ``quant`` in its model or backbone is the recipe, unless another is named.
-        recipe: name or path; None for the config's own, or ``apq``.
+        recipe: name or path; None for the config's own, or the default one.
         settings: keys of ``quant`` that override the recipe's (bits, scope).
 
     Raises:
@@ -58,7 +68,11 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     if "model" not in cfg:
         raise BadInputError("the config defines no model")
     own = _take_quant(cfg)
-    quant = load_recipe(recipe or "apq") if recipe or own is None else own
+    quant = own
+    if recipe or own is None:
+        found = read_recipe(recipe or DEFAULT_RECIPE)
+        quant = found.quant.to_dict()
+        _import_too(cfg, found.get("custom_imports"))
     name = _class_name(cfg.model.type)
     register_quantized_detectors()  # those of the config's own custom_imports too
     if MODELS.get(f"{SCOPE}.{name}") is None:
@@ -71,6 +85,15 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
         if _class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items"):
             evaluator["metric_items"] = list(COCO_ITEMS)
     return cfg
+
+
+def _import_too(cfg: Config, imports: dict[str, Any] | None) -> None:
+    """Let a config, and the stand-alone one made from it, import what its recipe imports."""
+    if imports:
+        own = cfg.get("custom_imports") or {"imports": []}
+        named = [part["imports"] for part in (own, imports)]
+        modules = [module for part in named for module in ([part] if isinstance(part, str) else part)]
+        cfg.custom_imports = {**imports, "imports": list(dict.fromkeys(modules))}
 
 
 def _class_name(kind: str | type) -> str:

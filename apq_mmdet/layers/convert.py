@@ -7,6 +7,7 @@ from torch import nn
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.base import LAYERS, to_quantized
+from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
 from apq_mmdet.quantizers import Quantizer
@@ -21,6 +22,7 @@ FLOAT_REASONS = {
     "BatchNorm2d": "normalisation: no matrix product",
     "SyncBatchNorm": "normalisation: no matrix product",
     "GroupNorm": "normalisation: no matrix product",
+    "OutputCompensation": "correction of a block's output: works on float values",
     "Embedding": "table look-up: no matrix product",
     "MultiheadAttention": "nn.MultiheadAttention computes its products inline",
 }
@@ -90,12 +92,14 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
         The layer table, also kept as ``model.quantization_table``.
 
     Raises:
-        BadInputError: an override matches no layer, or a granularity does not fit.
+        BadInputError: an override matches no layer, a granularity does not fit, or no block can be compensated.
     """
     part = model.backbone if policy.scope == "backbone" and hasattr(model, "backbone") else model
     for module in list(part.modules()):
         if type(module) in ATTENTION:
             ATTENTION[type(module)](module)
+    if policy.output_compensation:
+        install_output_compensation(part)
     inside = set(part.modules())
     modules = dict(model.named_modules())
     targets = [name for name, module in modules.items() if module in inside and type(module) in LAYERS]

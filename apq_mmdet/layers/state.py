@@ -8,11 +8,18 @@ from torch import Tensor, nn
 
 from apq_mmdet.errors import CheckpointError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers
+from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
 
 FORMAT_VERSION = 1
 VERSION_KEY = "apq_format_version"
 PACKED_SUFFIX = "weight_codes"
+
+
+def is_added(key: str) -> bool:
+    """Whether a key of a quantized model's state_dict is one that the float model has not."""
+    parts = key.split(".")
+    return parts[-1] == VERSION_KEY or "quantizers" in parts or OUTPUT_COMPENSATION in parts
 
 
 def _weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -64,7 +71,7 @@ def _before_load(
                 f"incomplete, or of a model that was quantized as a whole where this one is in part"
             )
         for key, value in own.items():
-            if ".quantizers." in key or key == prefix + VERSION_KEY:
+            if is_added(key):
                 state.setdefault(key, value)
         return
     version = int(state[prefix + VERSION_KEY])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import accuracy
@@ -190,19 +191,14 @@ def quant_of(wanted, folder):
     return command.build_config(command.build_parser().parse_args(line)).model.quant.to_dict()
 
 
-@pytest.fixture(scope="module")
-def base_quant(tmp_path_factory):
-    return quant_of(BASE, tmp_path_factory.mktemp("base"))
-
-
 @pytest.mark.parametrize("wanted", [s for s in ablation_specs() if s.options], ids=lambda s: label(s.options))
-def test_options_of_ablations_change_keys_that_the_recipe_has(wanted, base_quant, tmp_path):
-    changed = quant_of(wanted, tmp_path)
+def test_options_of_ablations_change_keys_that_the_recipe_has(wanted, tmp_path):
+    changed, unchanged = quant_of(wanted, tmp_path), quant_of(replace(wanted, options={}), tmp_path)
     Recipe.from_dict(changed)
     for option in wanted.options:
-        before, after = base_quant, changed
+        before, after = unchanged, changed
         for key in option.removeprefix("model.quant.").split("."):
-            before, after = before[key], after[key]
+            before, after = before.get(key, {}), after[key]
         assert after != before, option
 
 

@@ -11,7 +11,9 @@ from apq_mmdet.calibration import FeatureTask, calibrate
 from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import BadInputError, CalibrationError
-from apq_mmdet.layers import packed_state_dict, quantize_model, quantizers_of
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers, quantizers_of
+from apq_mmdet.models.stress import stress
+from apq_mmdet.quantizers.observers import MinMaxObserver, PercentileObserver
 
 IMAGES = [torch.randn(1, 3, 57, 41), torch.randn(1, 3, 33, 64), torch.randn(1, 3, 57, 41)]
 
@@ -338,6 +340,75 @@ def test_quantized_inputs_with_outputs_modified_in_place():
 
 def test_nan_in_every_error_is_an_error_with_the_layers_name(monkeypatch):
     settings = recipe("apq", search=dict(grids=short_grids(20)))
-    monkeypatch.setattr("apq_mmdet.calibration.objectives.HessianObjective.cost", lambda self, e, g, t: e * float("nan"))
+    cost = "apq_mmdet.calibration.objectives.HessianObjective.cost"
+    monkeypatch.setattr(cost, lambda self, e, g, t: e * float("nan"))
     with pytest.raises(CalibrationError, match=r"projection.weight: the error of every candidate"):
         calibrate(quantized_swin(settings), IMAGES, settings)
+
+
+def plus(**settings):
+    return recipe("apq_plus", search=dict(grids=short_grids(4)), **settings)
+
+
+@pytest.mark.parametrize("block_input", ["float", "quantized"])
+@pytest.mark.parametrize("die_after", [0, 1, 2])
+def test_resumed_calibration_gives_the_same_state_where_weights_change(die_after, block_input):
+    settings = recipe("apq_plus", search=dict(grids=short_grids(4), block_input=block_input))
+    original, whole = quantized_swin(settings), quantized_swin(settings)
+    calibrate(whole, IMAGES, settings)
+    states = States(die_after)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(quantized_swin(settings), IMAGES, settings, states=states)
+    states.die_after = None
+    resumed = quantized_swin(settings)
+    report = calibrate(resumed, IMAGES, settings, states=states)
+    assert [block.resumed for block in report.blocks] == [i < die_after for i in range(len(report.blocks))]
+    a, b, c = whole.state_dict(), resumed.state_dict(), original.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(not torch.equal(a[key], c[key]) for key in a if key.endswith("ffn.layers.1.weight"))
+
+
+def outputs_of(model):
+    with torch.no_grad():
+        return [output for x in IMAGES for output in model(x)]
+
+
+def test_equalized_models_keep_their_float_function():
+    settings = recipe("apq", search=dict(grids=short_grids(1), rounds=1), equalize=1.0)
+    model = quantized_swin(settings)
+    before = copy.deepcopy(model)
+    calibrate(model, IMAGES, settings)
+    pairs = zip(model.named_parameters(), before.parameters(), strict=True)
+    assert all(not torch.equal(p, q) for (name, p), q in pairs if ".norm1." in name or ".norm2." in name)
+    with float_only(model), float_only(before):
+        pairs = zip(outputs_of(model), outputs_of(before), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max())) for a, b in pairs)
+
+
+def test_equalization_helps_uneven_channels():
+    errors, whole_ranges = {}, dict.fromkeys(short_grids(), (1.0, 1.0, 1))
+    for strength in (0.0, 1.0):
+        settings = recipe("apq_plus", search=dict(grids=whole_ranges), equalize=strength, compensation=None)
+        torch.manual_seed(3)
+        model = build_swin()
+        stress(model, lambda model=model: outputs_of(model))
+        want = outputs_of(model)
+        quantize_model(model, settings.policy)
+        calibrate(model, IMAGES, settings)
+        errors[strength] = sum(float((a - b).square().sum()) for a, b in zip(outputs_of(model), want, strict=True))
+    assert errors[1.0] < 0.7 * errors[0.0]
+
+
+@pytest.mark.parametrize("equalize", [0.0, 1.0])
+def test_observers_are_for_activations_alone(equalize):
+    settings = recipe("apq", search=dict(grids=short_grids(1), rounds=1), observer="percentile", equalize=equalize)
+    model = quantized_swin(settings)
+    calibrate(model, IMAGES, settings)
+    for _, layer in quantized_layers(model):
+        for role, quantizer in layer.quantizers.items():
+            assert type(quantizer.observer) is (MinMaxObserver if role == "weight" else PercentileObserver)
+            if role == "weight":
+                low, high = quantizer.observed
+                rows = layer.weight.view(quantizer.groups, -1)
+                assert torch.equal(low, rows.amin(1))
+                assert torch.equal(high, rows.amax(1))

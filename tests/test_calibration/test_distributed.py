@@ -9,11 +9,12 @@ from helpers import build_swin, recipe, short_grids
 from torch import distributed
 
 from apq_mmdet.calibration import calibrate
-from apq_mmdet.calibration.distributed import SHARD, own_images
+from apq_mmdet.calibration.distributed import SHARD, by_shard, own_images
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model
 
 IMAGES = 2 * SHARD + 2  # three shards
+RECIPES = ("apq", "apq_fast", "apq_plus")  # the last one changes weights
 
 
 def calibrated(name: str) -> dict[str, torch.Tensor]:
@@ -34,12 +35,12 @@ def join(rank: int, processes: int, port: int) -> None:
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     join(rank, processes, port)
     images = own_images(IMAGES)
-    torch.save([images, {name: calibrated(name) for name in ("apq", "apq_fast")}], f"{folder}/{rank}.pth")
+    torch.save([images, {name: calibrated(name) for name in RECIPES}], f"{folder}/{rank}.pth")
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, torch.Tensor]]:
-    return {name: calibrated(name) for name in ("apq", "apq_fast")}
+    return {name: calibrated(name) for name in RECIPES}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -71,3 +72,18 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path, free_port):
         child.join(120)
     assert (tmp_path / "told").exists()
     assert children[1].exitcode == 1
+
+
+def deal(rank: int, processes: int, port: int, folder: str) -> None:
+    join(rank, processes, port)
+    values = {1: 10, 2: 20, 3: None, 4: 40, 6: 60}
+    own = ((shard, value) for shard, value in values.items() if shard % processes == rank)
+    torch.save(list(by_shard(own)), f"{folder}/{rank}.pth")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shards_come_in_their_order_whoever_has_them(processes, tmp_path, free_port):
+    """Some shards are missing, one says nothing."""
+    mp.spawn(deal, (processes, free_port, str(tmp_path)), nprocs=processes)
+    for rank in range(processes):
+        assert torch.load(tmp_path / f"{rank}.pth") == [10, 20, 40, 60]

@@ -51,5 +51,5 @@ def test_cosine_of_each_unit():
     output = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-3.0, 0.0]])  # the same direction, at a right angle, opposite
     error = output - target
     assert float(build_objective(dict(type="cosine"))(error, error, target, 0)) == pytest.approx(0 + 1 + 2)
-    with pytest.raises(ValueError, match="eliminate must be 0, got 0.1"):
+    with pytest.raises(ValueError, match=r"eliminate must be 0, got 0\.1"):
         build_objective(dict(type="cosine", eliminate=0.1))

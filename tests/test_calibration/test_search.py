@@ -1,4 +1,5 @@
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, search_block
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.engine.quantized_config import load_recipe
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
@@ -239,3 +241,107 @@ def test_window_sampling_is_a_valid_crop():
 def test_slots_are_named_by_layer_and_role():
     block, _ = prepared(0, recipe("minmax"))
     assert Slot("attn.w_msa.qkv", block.attn.w_msa.qkv, "weight").name == "attn.w_msa.qkv.weight"
+
+
+def log_to_base(a, top, q):
+    """AdaLog in float64; its 4-bit codes."""
+    codes = (-(a / top).log2() * 37 / q).round().clamp(0, 15)
+    return torch.where(codes == 15, 0.0, top * 2 ** (-codes * q / 37))
+
+
+def shifted_log(a, top, eta):
+    """Shift-uniform-log2 in float64."""
+    step = math.log2(1 + top / eta) / 15
+    return eta * (2 ** (((1 + a / eta).log2() / step).round().clamp(0, 15) * step) - 1)
+
+
+def twin(a, top, i):
+    """Twin uniform quantization in float64, on [0, 1] whatever was observed."""
+    split = 2.0**-i
+    low, high = ((a / step).round().clamp(0, 7) * step for step in (split / 7, 1 / 7))
+    return torch.where(a < split, low, high)
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"), [("adaptive_log", log_to_base), ("shift_log2", shifted_log), ("twin_softmax", twin)]
+)
+@pytest.mark.parametrize("metric", ["module", "block"])
+def test_factor_and_variant_of_a_product_are_those_of_brute_force(name, formula, metric):
+    formats = {**load_recipe("apq")["formats"], "products": dict(kind="MatMul", attention=dict(format=name))}
+    objective, grid = dict(type="hessian"), (0.6, 1.0, 5)
+    settings = recipe(
+        "apq", formats=formats, search=dict(metric=metric, objective=objective, rounds=1, grids=dict(attention=grid))
+    )
+    block, calls = prepared(1, settings)
+    layer, slot = block.attn.w_msa.attention_value, "attn.w_msa.attention_value.attention"
+    decisions = replace(settings.search, grids={**settings.search.grids, **short_only()})
+    got = search(block, calls, decisions)
+    quantizer = layer.quantizers["attention"]
+    factors = decisions.factors("MatMul", role="attention") if quantizer.ranged else [1.0]
+    candidates = [(factor, variant) for factor in factors for variant in quantizer.variants]
+    assert set(got) >= {slot, f"{slot}.variant"}
+    assert [key for key in got if key.endswith(".variant")] == [f"{slot}.variant"]
+    errors = attention_errors(block, calls, formula, candidates, metric)
+    best = min(errors)
+    chosen = errors[candidates.index((got[slot], got[f"{slot}.variant"]))]
+    assert chosen <= best * (1 + 1e-4)
+    assert sum(e <= best * (1 + 1e-4) for e in errors) == 1  # there is one best
+    scale, _, variant = quantizer.parameters_for(*quantizer.observed, got[slot], got[f"{slot}.variant"])
+    assert torch.equal(quantizer.scale, scale)
+    assert torch.equal(quantizer.variant, variant)
+
+
+def short_only():
+    """One factor for all that comes before in the search."""
+    return dict.fromkeys(("Linear", "Conv2d", "MatMul"), (1.0, 1.0, 1))
+
+
+@torch.no_grad()
+def attention_errors(block, calls, formula, candidates, metric):
+    """Errors of candidates at the attention map, later layers quantized with factor 1 where the block is judged."""
+    block = copy.deepcopy(block).double()
+    layer = block.attn.w_msa.attention_value
+    for quantizer in quantizers_of(block):
+        quantizer.scale = quantizer.scale.float()
+        quantizer.mode = QuantizerMode.FLOAT
+    attention, value = layer.quantizers["attention"], layer.quantizers["value"]
+    top = attention.observed[1].double().view(-1, 1, 1)  # [heads, 1, 1]
+    errors = [0.0] * len(candidates)
+    for call in calls:
+        x, shape = call.args[0].double(), call.args[1]
+        grad = call.grads[0].double()
+        with torch.enable_grad():
+            seen = {}
+
+            def keep(_, args, output, seen=seen):
+                seen["args"], seen["output"] = args, output
+
+            handle = layer.register_forward_hook(keep)
+            target = block(x, shape)
+            handle.remove()
+            (inner,) = torch.autograd.grad(target, seen["output"], grad)
+        quantized = [value] if metric == "module" else [value, *later(block)]
+        with quantizer_mode(quantized, QuantizerMode.QUANTIZE):
+            for i, (factor, variant) in enumerate(candidates):
+                attention.forward = lambda a, f=factor, v=variant: formula(a, f * top, v)
+                if metric == "module":
+                    errors[i] += float((inner * (layer(*seen["args"]) - seen["output"])).square().sum())
+                else:
+                    errors[i] += float((grad * (block(x, shape) - target)).square().sum())
+        del attention.forward
+    return errors
+
+
+def later(block):
+    layers = (block.attn.w_msa.proj, block.ffn.layers[0][0], block.ffn.layers[1])
+    return [quantizer for layer in layers for quantizer in layer.quantizers.values()]
+
+
+def test_grids_by_role_win_over_grids_by_kind():
+    grids = dict(Linear=(1.0, 1.0, 1), MatMul=(0.9, 1.1, 3), key=(0.5, 0.6, 2), weight=(0.7, 0.8, 2))
+    settings = recipe("apq", search=dict(grids=grids, rounds=1, metric="module"))
+    block, calls = prepared(0, settings)
+    for name, factor in search(block, calls, settings.search).items():
+        role = name.rpartition(".")[2]
+        first, last = {"key": (0.5, 0.6), "weight": (0.7, 0.8), "input": (1, 1)}.get(role, (0.9, 1.1))
+        assert first - 1e-9 <= factor <= last + 1e-9, name

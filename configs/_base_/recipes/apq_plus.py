@@ -15,7 +15,7 @@ quant = dict(
         objective=dict(type="hessian"),
         rounds=1,
         order="forward",
-        block_input="float",
+        block_input="quantized",
         grids=dict(
             Linear=(0.3, 1.1, 41),
             Conv2d=(0.3, 1.1, 41),
@@ -23,5 +23,5 @@ quant = dict(
             MatMul=(0.1, 1.1, 51),
         ),
     ),
-    compensation=dict(activations=True, rounding=True, ranges=41, damping=0.02),
+    compensation=dict(activations=True, rounding=True, ranges=41, damping=0.1, weighted=False),
 )

@@ -1,0 +1,128 @@
+import itertools
+
+import pytest
+import torch
+from helpers import build_swin, recipe, short_grids
+from torch import nn
+
+from apq_mmdet.calibration import FeatureTask, calibrate
+from apq_mmdet.calibration.blocks import partition, watch_blocks
+from apq_mmdet.calibration.importance import GRADIENT_SCALE, PERTURBATION, capture_gradients
+from apq_mmdet.calibration.recipe import Recipe
+from apq_mmdet.calibration.store import CaptureStore
+from apq_mmdet.errors import BadInputError, CalibrationError
+from apq_mmdet.layers import float_only, quantize_model, quantizers_of
+
+CURVATURE = torch.tensor([0.0, 0.5, 1.0, 4.0])
+
+
+class Bowl(FeatureTask):
+    """``sum h (s - t)^2 / 2``, whose gradient at a student t + d is h d."""
+
+    def loss(self, student, teacher, context):
+        return (CURVATURE * (student - teacher).square()).sum() / 2
+
+
+class Slope(FeatureTask):
+    """A loss whose gradient is the same everywhere: no perturbation changes it."""
+
+    def loss(self, student, teacher, context):
+        return student.sum()
+
+
+class Cliff(FeatureTask):
+    """A finite loss with an infinite gradient."""
+
+    def loss(self, student, teacher, context):
+        return (student - student.detach()).abs().sqrt().sum()
+
+
+def importance_of(model, task, images, kind="perturbation"):
+    """The importance at every block's output by (block, image)."""
+    blocks = partition(model)
+    for quantizer in quantizers_of(model):
+        quantizer.observed = (-torch.ones(1), torch.ones(1))
+        quantizer.set_range_factor(1.0)
+    with CaptureStore(None, 2**20) as store, torch.no_grad():
+        for image, x in enumerate(images):
+
+            def see(name, args, kwargs, output, image=image):
+                store.add_call(name, image, args, kwargs, output)
+
+            with float_only(model), watch_blocks(blocks, see):
+                store.put(("teacher", image), task.teacher(model, x))
+        capture_gradients(model, blocks, images, task, store, kind)
+        return {(name, call.image): call.grads[0].clone() for name in blocks for call in store.take_calls(name)}
+
+
+def quantized(*layers):
+    model = nn.Sequential(*layers)
+    quantize_model(model, Recipe.from_dict(dict(w_bits=4, a_bits=4)).policy)
+    return model.eval()
+
+
+def test_perturbation_of_a_quadratic_loss():
+    """With one block, g(+e) - g(-e) = 2 h e, and |e| is a known share of the output's standard deviation."""
+    model, images = quantized(nn.Linear(3, 4)), [torch.randn(5, 3), torch.randn(2, 3)]
+    found = importance_of(model, Bowl(), images)
+    with torch.no_grad(), float_only(model):
+        for image, x in enumerate(images):
+            want = 2 * CURVATURE * PERTURBATION * model(x).std(correction=0) * GRADIENT_SCALE
+            assert torch.allclose(found["0", image], want.expand(len(x), 4), rtol=1e-4)
+
+
+def test_perturbation_of_two_blocks_at_once():
+    """With y2 = y1 V' + c shifted by e1 and e2, the difference is 2 h (e1 V' + e2) and, behind V, that times V."""
+    model, x = quantized(nn.Linear(3, 2), nn.Linear(2, 4)), torch.randn(6, 3)
+    found = importance_of(model, Bowl(), [x])
+    with torch.no_grad(), float_only(model):
+        first = model[0](x)
+        sizes = [PERTURBATION * y.std(correction=0) for y in (first, model[1](first))]
+    v = model[1].weight.detach()  # [4, 2]
+    for token in range(len(x)):  # whose signs are unknown: one of the 2^6 possible ones fits at both blocks
+        fits = []
+        for signs in itertools.product([-1.0, 1.0], repeat=6):
+            e1, e2 = sizes[0] * torch.tensor(signs[:2]), sizes[1] * torch.tensor(signs[2:])
+            change = 2 * CURVATURE * (v @ e1 + e2) * GRADIENT_SCALE
+            pairs = [(change, found["1", 0][token]), (change @ v, found["0", 0][token])]
+            fits.append(all(torch.allclose(want.abs(), got, rtol=1e-3, atol=1.0) for want, got in pairs))
+        assert any(fits)
+
+
+def test_it_does_not_depend_on_the_quantizers():
+    found = []
+    for bits in (2, 8):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4))
+        quantize_model(model, Recipe.from_dict(dict(w_bits=bits, a_bits=bits)).policy)
+        found.append(importance_of(model, Bowl(), [torch.ones(1, 3)])["0", 0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [(Slope(), "is zero at the output of block '0'"), (Cliff(), "not finite")]
+)
+def test_a_useless_importance_is_refused(task, message):
+    with pytest.raises(CalibrationError, match=message):
+        importance_of(quantized(nn.Linear(3, 4)), task, [torch.randn(5, 3)])
+
+
+def test_a_recipe_chooses_it():
+    """The block with two kinds of importance ends with other ranges."""
+    factors = {}
+    for kind in ("disturbed", "perturbation"):
+        settings = recipe("apq", importance=kind, search=dict(grids=short_grids(16), rounds=1))
+        torch.manual_seed(3)
+        model = build_swin(depth=1)
+        quantize_model(model, settings.policy)
+        report = calibrate(model, [torch.randn(1, 3, 57, 41) for _ in range(2)], settings)
+        factors[kind] = [block.factors for block in report.blocks]
+    assert factors["disturbed"] != factors["perturbation"]
+
+
+def test_validation():
+    assert Recipe.from_dict({}).importance == "disturbed"
+    with pytest.raises(BadInputError, match=r"quant\.importance: unknown key 'perturbed'; did you mean 'perturbation'"):
+        Recipe.from_dict(dict(importance="perturbed", search={}))
+    with pytest.raises(BadInputError, match=r"quant\.importance works on searched blocks"):
+        Recipe.from_dict(dict(importance="perturbation"))

@@ -1,0 +1,145 @@
+"""Every shipped recipe: it parses, calibrates, and its checkpoint gives the calibrated model back."""
+
+import pytest
+import torch
+from helpers import ROOT, build_swin, recipe
+
+from apq_mmdet.calibration import calibrate
+from apq_mmdet.engine.quantized_config import load_recipe
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
+
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "_base_" / "recipes").glob("*.py"))
+IMAGES = [torch.randn(1, 3, 41, 50), torch.randn(1, 3, 29, 36)]
+
+
+def shortened(name):
+    """A recipe at 4 bits with fewer candidates and training steps, otherwise as it is."""
+    quant = load_recipe(name)
+    settings = {}
+    if "search" in quant:
+        grids = {key: (first, last, min(n, 4)) for key, (first, last, n) in quant["search"]["grids"].items()}
+        settings["search"] = dict(grids=grids, rounds=1)
+    stages = quant.get("reconstruction")
+    if stages:
+        stages = stages if isinstance(stages, list) else [stages]
+        settings["reconstruction"] = [{**stage, "iterations": 8, "batch": 4} for stage in stages]
+    return recipe(name, **settings)
+
+
+def quantized(settings):
+    torch.manual_seed(3)
+    model = build_swin(stages=2)
+    quantize_model(model, settings.policy)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe(name):
+    settings = shortened(name)
+    assert settings.name == name
+    assert (load_recipe(name)["w_bits"], load_recipe(name)["a_bits"]) == (8, 8)
+    model = quantized(settings)
+    with torch.no_grad(), float_only(model):
+        want = model(IMAGES[0])
+    calibrate(model, IMAGES, settings)
+    loaded = quantized(settings)
+    loaded.load_state_dict(packed_state_dict(model), strict=True)
+    with torch.no_grad():
+        got, again = model(IMAGES[0]), loaded(IMAGES[0])
+    for output, same, exact in zip(got, again, want, strict=True):
+        assert bool(output.isfinite().all())
+        assert torch.equal(output, same)
+        assert 0 < float((output - exact).norm() / exact.norm()) < 1
+
+
+PARTS = {  # what makes a recipe what it is
+    "percentile": lambda r: r.observer == "percentile" and r.search is None,
+    "base_ptq": lambda r: r.search.objective == dict(type="cosine") and r.search.rounds == 1,
+    "ptq4vit": lambda r: r.search.objective == dict(type="hessian") and r.search.rounds == 3,
+    "repq": lambda r: r.equalize == 1 and r.search.factors("Linear") == [1.0],
+    "adalog": lambda r: r.equalize == 1 and r.search.metric == "module",
+    "isvit": lambda r: [(s.rounding_lr > 0, s.step_lr > 0) for s in r.reconstruction] == [(False, True), (True, False)],
+    "erq": lambda r: r.compensation.rounding and not r.compensation.weighted and not r.compensation.ranges,
+    "brecq": lambda r: [(s.weighting, s.keep_float) for s in r.reconstruction] == [("hessian", 1), ("hessian", 0)],
+    "qdrop": lambda r: [(s.weighting, s.keep_float) for s in r.reconstruction] == [("none", 0.5)],
+    "aphq": lambda r: r.importance == "perturbation" and r.reconstruction[0].weighting == "absolute",
+    "fimaq": lambda r: r.importance == "disturbed" and r.reconstruction[0].weighting == "fisher",
+    "qwt": lambda r: r.policy.output_compensation and r.search.block_input == "quantized",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts(name):
+    assert PARTS[name](recipe(name))
+
+
+FORMATS = {  # of the attention maps, and of the input behind the GELU
+    "percentile": ("affine, asymmetric", "affine, asymmetric"),
+    "base_ptq": ("affine, symmetric", "affine, symmetric"),
+    "ptq4vit": ("twin_softmax, asymmetric", "twin_gelu, asymmetric"),
+    "repq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
+    "adalog": ("adaptive_log, asymmetric", "affine, asymmetric"),
+    "isvit": ("shift_log2, asymmetric", "affine, asymmetric"),
+    "erq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
+    "qdrop": ("affine, asymmetric", "affine, asymmetric"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name):
+    rows = {(row.layer.split("blocks.0.")[-1], row.role): row for row in quantized(recipe(name)).quantization_table}
+    attention, gelu = rows["attn.w_msa.attention_value", "attention"], rows["ffn.layers.1", "input"]
+    assert (attention.format, gelu.format) == FORMATS[name]
+    symmetric = name in ("base_ptq", "ptq4vit")
+    for key in (("attn.w_msa.qkv", "weight"), ("attn.w_msa.proj", "input"), ("attn.w_msa.query_key", "key")):
+        assert rows[key].format == f"affine, {'symmetric' if symmetric else 'asymmetric'}"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("minmax", dict(equalise=1.0), r"quant: unknown key 'equalise'; did you mean 'equalize'"),
+        ("minmax", dict(equalize=1.0), r"quant\.equalize works on searched blocks: it needs a quant\.search"),
+        ("minmax", dict(output_compensation=True), r"quant\.output_compensation works on searched blocks"),
+        ("repq", dict(equalize=2), r"quant\.equalize: .* got 2"),
+        ("erq", dict(compensation=dict(range=3)), r"quant\.compensation: unknown key 'range'; did you mean 'ranges'"),
+        (
+            "base_ptq",
+            dict(search=dict(objective=dict(type="cosine", eliminate=0.1))),
+            r"quant\.search\.objective: .*eliminate must be 0",
+        ),
+        ("qdrop", dict(reconstruction=dict(weighting="fischer")), r"reconstruction\.weighting: .*mean 'fisher'"),
+        (
+            "brecq",
+            dict(reconstruction=[dict(), dict(rounding_lr=0, step_lr=0)]),
+            r"quant\.reconstruction\[1\]: nothing is learned",
+        ),
+        ("qdrop", dict(search=dict(windows=2)), r"quant\.search: windows=2 needs block_input='float'"),
+        (
+            "percentile",
+            dict(observer="quantile"),
+            r"quant\.observer: unknown key 'quantile'; known: minmax",
+        ),
+        ("aphq", dict(importance="perturbed"), r"quant\.importance: unknown key 'perturbed'; .*'perturbation'"),
+    ],
+)
+def test_refusals(name, settings, message):
+    with pytest.raises(BadInputError, match=message):
+        recipe(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        (dict(linear=dict(kind="Linear", weight=dict(format="log_sqrt2"))), r"format 'log_sqrt2' does not fit role"),
+        (
+            dict(products=dict(kind="MatMul", attention=dict(format="adaptive_log", symmetric=True))),
+            r"'attention': .*symmetric=True makes no sense",
+        ),
+        (dict(qkv=dict(kind="Linear", pattern="*.qkv", weight=dict(granularity=5))), r"granularity 5 does not fit"),
+    ],
+)
+def test_formats_that_do_not_fit(formats, message):
+    with pytest.raises(BadInputError, match=message):
+        quantized(recipe("minmax", formats=formats))
