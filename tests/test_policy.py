@@ -35,6 +35,7 @@ from apq_mmdet.policy import Policy
         (dict(search={}, equalize="all"), "quant.equalize: .*got 'all'"),
         (dict(equalize=0.5), "quant.equalize works on searched blocks: it needs a quant.search"),
         (dict(compensation=dict(ranges=0)), "quant.compensation works on searched blocks"),
+        (dict(compensation={}), "quant.compensation works on searched blocks"),
         (dict(reconstruction=dict(iterations=1)), "quant.reconstruction works on searched blocks"),
         (dict(reconstruction=[dict(iterations=1)]), "quant.reconstruction works on searched blocks"),
         (dict(search={}, compensation=dict(range=0)), "quant.compensation: .*did you mean 'ranges'"),

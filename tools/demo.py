@@ -12,7 +12,7 @@ from apq_mmdet.engine import command
 
 ROOT = Path(__file__).resolve().parents[1]
 BITS = (8, 6, 4)
-RECIPE = "apq_fast"
+RECIPE = "apq_plus"
 
 
 def parse_args() -> argparse.Namespace:

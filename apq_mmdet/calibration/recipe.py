@@ -147,7 +147,7 @@ class Recipe:
         refuse_unknown([quant.get("importance", "disturbed")], IMPORTANCES, "quant.importance")
         search, compensation = quant.get("search"), quant.get("compensation")
         needing = ("importance", "equalize", "compensation", "reconstruction", "output_compensation")
-        steps = [key for key in needing if quant.get(key)]
+        steps = [key for key in needing if quant.get(key) not in (None, False, 0)]
         if search is None and steps:
             raise BadInputError(f"quant.{steps[0]} works on searched blocks: it needs a quant.search")
         return cls(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SAME_BITS = {"eager_numerics.division_rounding": True}  # quotients on a GPU are rounded as without a compiler
+
 
 class Fused:
     """A pointwise function of tensors that torch compiles to one kernel where that pays, and runs as written elsewhere.
@@ -32,7 +34,7 @@ class Fused:
             return self.function(x, *others)
         try:
             if self._compiled is None:
-                self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True)
+                self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True, options=SAME_BITS)
             return self._compiled(x, *others)
         except Exception as error:  # whatever the compiler or its backend raises, the plain form is right
             self._failed = True
