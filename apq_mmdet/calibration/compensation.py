@@ -31,6 +31,7 @@ from apq_mmdet.policy import refuse_unknown
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 FIRST_FACTOR, LAST_FACTOR = 0.3, 1.1  # of the ranges that step 2 tries
+MOST_INPUTS = 2**13  # K of a layer that is compensated: matrices of 0.5 GiB, about six of which are held at once
 TOKENS = 2**12  # whose float64 copies are made at once
 LEAST_VARIATION = 1e-12  # share of an input's power; what varies less is rounding noise
 
@@ -114,7 +115,8 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
 
     Each layer's quantized inputs are what the layers before it, already compensated, make of theirs; its float inputs
     are those of the float block. Weights end on their quantizers' grids, so that quantizing them again changes no bit.
-    Layers of other kinds stay as they are, and so does one whose inputs never vary or whose gradients are all zero.
+    Layers of other kinds or with more than MOST_INPUTS inputs (a box head's first one) stay as they are, and so do
+    those whose inputs never vary or whose gradients are all zero.
 
     Args:
         module: the block, or its view of units; its quantizers are calibrated.
@@ -171,7 +173,7 @@ def _fits(layer: QuantizedLayer) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
     )
-    return plain and "weight" in layer.quantizers
+    return plain and "weight" in layer.quantizers and layer.depth <= MOST_INPUTS
 
 
 def _moments(module: nn.Module, reference: nn.Module, name: str, calls: UnitCalls, weighted: bool) -> Moments:

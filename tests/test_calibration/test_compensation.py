@@ -313,6 +313,14 @@ def test_other_layers_stay():
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), before.parameters(), strict=True))
 
 
+def test_layers_with_too_many_inputs_stay(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.compensation.MOST_INPUTS", 5)
+    block, calls = prepared(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), correlated())
+    before = block[0].weight.clone()
+    assert list(compensate(block, calls, CompensationConfig())) == ["1"]
+    assert torch.equal(block[0].weight, before)
+
+
 def test_calls_without_rois_say_nothing():
     inputs = [torch.randn(20, 6), torch.randn(0, 6), torch.randn(20, 6)]
     torch.manual_seed(0)
