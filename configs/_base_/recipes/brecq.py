@@ -2,7 +2,7 @@
 # asymmetric codes, weights per channel, first rounding (AdaRound) with float activations, then the step sizes of
 # activations (LSQ), squared errors of the block's output under Fisher weights g^2 (the code's default has none), inputs
 # from the quantized blocks before. Different here: g is the gradient of the detector's distillation loss at the
-# quantized model; attention operands have a range per head (the paper has no transformers); 200 and 100 steps of 16
+# quantized model; attention operands have a range per head (the paper has no transformers); 250 and 150 steps of 16
 # units (theirs: 20000 and 5000 of 32 images) and learning rates to match, so that a demo detector takes minutes.
 _base_ = "./minmax.py"
 
@@ -27,7 +27,7 @@ quant = dict(
         ),
     ),
     reconstruction=[
-        dict(weighting="hessian", iterations=200, batch=16, keep_float=1.0, rounding_lr=1e-2, step_lr=0.0),
-        dict(weighting="hessian", iterations=100, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
+        dict(weighting="hessian", iterations=250, batch=16, keep_float=1.0, rounding_lr=1e-2, step_lr=0.0),
+        dict(weighting="hessian", iterations=150, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
     ],
 )

@@ -4,7 +4,7 @@
 # blocks before. Different here: step sizes are learned in the first stage and roundings in the second (theirs trains
 # the weights themselves in both, at fixed steps); channels are made even before the first stage (theirs between the
 # two, with zero points); softmax codes u' keep their fractions (theirs are rounded to whole numbers, which lets codes
-# collapse); 100 and 200 steps of 16 units (theirs: 1000 each of 64 images), so that a demo detector takes minutes.
+# collapse); 200 steps of 16 units a stage (theirs: 1000 of 64 images), so that a demo detector takes minutes.
 _base_ = "./minmax.py"
 
 quant = dict(
@@ -35,7 +35,7 @@ quant = dict(
         ),
     ),
     reconstruction=[
-        dict(weighting="none", iterations=100, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
+        dict(weighting="none", iterations=200, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
         dict(weighting="none", iterations=200, batch=16, keep_float=0.0, rounding_lr=1e-2, step_lr=0.0),
     ],
 )
