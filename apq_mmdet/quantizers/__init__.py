@@ -6,6 +6,7 @@ from apq_mmdet.quantizers.log import AdaptiveLogQuantizer, LogSqrt2Quantizer, Sh
 from apq_mmdet.quantizers.matthew import MatthewQuantizer
 from apq_mmdet.quantizers.observers import OBSERVERS, MinMaxObserver, Observer, PercentileObserver
 from apq_mmdet.quantizers.packing import pack_codes, unpack_codes
+from apq_mmdet.quantizers.row import RowAffineQuantizer
 from apq_mmdet.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PercentileObserver",
     "Quantizer",
     "QuantizerMode",
+    "RowAffineQuantizer",
     "ShiftLog2Quantizer",
     "TwinGeluQuantizer",
     "TwinSoftmaxQuantizer",
