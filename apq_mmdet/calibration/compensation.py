@@ -213,12 +213,11 @@ def _tokens(module: nn.Module, reference: nn.Module, name: str, tile: UnitCall, 
             grads = torch.autograd.grad(rows, outputs, tile.grads, allow_unused=True)
     quantized, _, _ = _watched(module, layer, tile)
     for x, x_quantized, grad in zip(floats, quantized, grads, strict=True):
-        columns = _columns(layer, x.detach())
+        columns = _columns(layer, layer.divided_input(x.detach()))
         importance = columns.new_ones(len(columns))
         if weighted:
             importance = importance.zero_() if grad is None else _positions(layer, grad).square().mean(1)
-        if "input" in layer.quantizers:
-            x_quantized = layer.quantizers["input"](x_quantized)
+        x_quantized = layer.quantize("input", x_quantized)
         tensors = (columns, _columns(layer, x_quantized), importance)
         yield from map(Moments.of, *(t.split(TOKENS) for t in tensors))
 

@@ -150,19 +150,33 @@ class Recipe:
         steps = [key for key in needing if quant.get(key) not in (None, False, 0)]
         if search is None and steps:
             raise BadInputError(f"quant.{steps[0]} works on searched blocks: it needs a quant.search")
+        policy = Policy.from_dict({key: quant[key] for key in policy_keys if key in quant})
+        equalize = _strength(quant.get("equalize", 0.0))
+        _refuse_unfound_factors(policy, equalize)
         return cls(
             name=quant.get("recipe", "custom"),
-            policy=Policy.from_dict({key: quant[key] for key in policy_keys if key in quant}),
+            policy=policy,
             search=None if search is None else SearchConfig.from_dict(search, "quant.search"),
             on_unseen=quant.get("on_unseen", "error"),
             observer=quant.get("observer", "minmax"),
             importance=quant.get("importance", "disturbed"),
-            equalize=_strength(quant.get("equalize", 0.0)),
+            equalize=equalize,
             compensation=None
             if compensation is None
             else CompensationConfig.from_dict(compensation, "quant.compensation"),
             reconstruction=_stages(quant.get("reconstruction")),
         )
+
+
+def _refuse_unfound_factors(policy: Policy, equalize: float) -> None:
+    """An input's channels share one scale up to factors that only an equalization finds."""
+    for origin, rules in (("formats", policy.formats), ("overrides", policy.overrides)):
+        for name, rule in rules.items():
+            if not equalize and (rule.roles.get("input") or {}).get("granularity") == "channel":
+                raise BadInputError(
+                    f"quant.{origin}.{name}.input: granularity 'channel' needs quant.equalize above 0, which finds the "
+                    f"factors between channels"
+                )
 
 
 def _strength(strength: Any) -> float:

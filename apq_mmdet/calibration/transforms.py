@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.distributed import gather, share_observed
 from apq_mmdet.calibration.units import UnitCalls
-from apq_mmdet.layers.base import float_only
+from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MOST = 256.0  # factors stay in 1 / MOST..MOST: more than pretrained channels differ, little enough for float32
@@ -28,12 +28,14 @@ class Rescaling(ABC):
 
     Args:
         name: of the place inside its block.
-        layer: the linear layer at which the activation is seen, [..., channels].
+        layer: the linear layer at which the activation is seen, [..., channels], or convolution, [B, channels, H, W].
         side: 'input' or 'output' of that layer.
         operands: (layer, role) of everything that is rescaled and may be quantized.
     """
 
-    def __init__(self, name: str, layer: nn.Linear, side: str, operands: Sequence[tuple[nn.Module, str]]) -> None:
+    def __init__(
+        self, name: str, layer: nn.Linear | nn.Conv2d, side: str, operands: Sequence[tuple[nn.Module, str]]
+    ) -> None:
         self.name, self.layer, self.side, self.operands = name, layer, side, tuple(operands)
 
     @abstractmethod
@@ -67,6 +69,26 @@ class NormRescaling(Rescaling):
     def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         """max - min with zero included, as affine quantizers see it."""
         return {"input": high.clamp(min=0) - low.clamp(max=0)}
+
+
+class InputRescaling(Rescaling):
+    """Input of a quantized layer that divides it by factors of its own: x_j / c_j, W[:, j] c_j.
+
+    For inputs that no linear operation makes, such as those behind a GELU.
+    """
+
+    def __init__(self, name: str, layer: QuantizedLayer) -> None:
+        super().__init__(name, layer, "input", [(layer, "input"), (layer, "weight")])
+
+    def divide(self, c: Tensor) -> None:
+        """See the base class."""
+        c = c.double()
+        _multiply(self.layer.input_factors, c)
+        _multiply(self.layer.weight, c.view(-1, *[1] * (self.layer.weight.dim() - 2)))
+
+    def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """max - min with zero included, of what is left after dividing by the factors so far."""
+        return {"input": (high.clamp(min=0) - low.clamp(max=0)) / self.layer.input_factors.cpu().double()}
 
 
 class QueryKeyRescaling(Rescaling):
@@ -142,8 +164,12 @@ def register_rescalings(*classes: type[nn.Module]) -> Callable[[RescalingMaker],
 
 
 def rescalings_of(block: nn.Module) -> list[Rescaling]:
-    """The rescalings of a block; none where nothing is registered for its class."""
-    return next((make(block) for cls, make in RESCALINGS.items() if isinstance(block, cls)), [])
+    """The rescalings of a block: those registered for its class, and those of layers that divide their inputs."""
+    registered = next((make(block) for cls, make in RESCALINGS.items() if isinstance(block, cls)), [])
+    taken = {operand for place in registered for operand in place.operands}
+    dividing = [(name, layer) for name, layer in quantized_layers(block) if layer.input_factors is not None]
+    own = [InputRescaling(f"{name}.input", layer) for name, layer in dividing if (layer, "input") not in taken]
+    return registered + own
 
 
 @torch.no_grad()
@@ -159,7 +185,8 @@ def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Ex
     def look(key: tuple[nn.Module, str], x: Tensor) -> None:
         if not x.numel():
             return
-        low, high = x.detach().flatten(0, -2).aminmax(dim=0)
+        axis = 1 if isinstance(key[0], nn.Conv2d) else -1
+        low, high = x.detach().movedim(axis, -1).flatten(0, -2).aminmax(dim=0)
         if key in seen:
             low, high = torch.minimum(low, seen[key][0]), torch.maximum(high, seen[key][1])
         seen[key] = (low, high)

@@ -1,5 +1,6 @@
 """Quantized layers: a float layer plus one quantizer per tensor role."""
 
+from apq_mmdet.layers import attention
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of, register_layer
 from apq_mmdet.layers.conv import QuantizedConv2d, QuantizedConvTranspose2d
 from apq_mmdet.layers.convert import LayerRow, quantize_model
@@ -15,6 +16,7 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "QueryKeyProduct",
+    "attention",
     "float_only",
     "packed_state_dict",
     "quantize_model",

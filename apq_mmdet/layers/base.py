@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from apq_mmdet.layers.integer import exact_in_codes
 from apq_mmdet.quantizers import Quantizer, QuantizerMode, quantizer_mode
 
+INPUT_FACTORS = "input_factors"  # name of the buffer
 LayerClass = TypeVar("LayerClass", bound=type["QuantizedLayer"])
 
 
@@ -30,19 +32,35 @@ class QuantizedLayer(nn.Module, ABC):
 
     A float layer becomes a quantized one by changing its class in place: parameters, their names, hooks and every
     reference to the module stay what they were, so float checkpoints keep loading.
+
+    Attributes:
+        input_factors: float32 [input channels], by which the input is divided before anything else, or None. The
+            weights are multiplied by them, so that channels of different ranges share one scale and integer codes can
+            be multiplied all the same.
     """
 
     kind: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
     quantizers: RoleQuantizers
+    input_factors: Tensor | None
 
     @abstractmethod
     def role_axis(self, role: str) -> tuple[int, int]:
         """Axis that finer granularities of this role cut, and its size."""
 
     def quantize(self, role: str, x: Tensor) -> Tensor:
-        """Pass ``x`` through the quantizer of ``role``, if that role is quantized."""
+        """Pass ``x`` through the quantizer of ``role``, if that role is quantized; an input is divided first."""
+        x = self.divided_input(x) if role == "input" else x
         return self.quantizers[role](x) if role in self.quantizers else x
+
+    def divided_input(self, x: Tensor) -> Tensor:
+        """An input of this layer over its ``input_factors``: what the weights are multiplied with."""
+        if self.input_factors is None:
+            return x
+        axis, size = self.role_axis("input")
+        shape = [1] * x.dim()
+        shape[axis] = size
+        return x / self.input_factors.view(shape)
 
     # -- products of integer codes ------------------------------------------------------------------------------
 
@@ -87,10 +105,18 @@ def register_layer(*float_classes: type[nn.Module]) -> Callable[[LayerClass], La
     return register
 
 
-def to_quantized(layer: nn.Module, quantizers: dict[str, Quantizer]) -> QuantizedLayer:
-    """Turn a float layer into its quantized class in place and hand it its quantizers."""
+def to_quantized(layer: nn.Module, quantizers: dict[str, Quantizer], divided: bool = False) -> QuantizedLayer:
+    """Turn a float layer into its quantized class in place and hand it its quantizers.
+
+    Args:
+        layer: a float layer of a registered class.
+        quantizers: by role.
+        divided: whether its input is divided by factors of its channels, which are 1 to begin with.
+    """
     layer.__class__ = LAYERS[type(layer)]
     layer.quantizers = RoleQuantizers(quantizers)
+    factors = torch.ones(layer.role_axis("input")[1], device=layer.weight.device) if divided else None
+    layer.register_buffer(INPUT_FACTORS, factors)
     return layer
 
 

@@ -22,10 +22,20 @@ FLOAT_REASONS = {
     "BatchNorm2d": "normalisation: no matrix product",
     "SyncBatchNorm": "normalisation: no matrix product",
     "GroupNorm": "normalisation: no matrix product",
+    "ModulatedDeformConv2d": "samples at offsets inside of one compiled operator",
+    "NormedLinear": "normalises its weight in every forward",
+    "Scale": "one factor: no matrix product",
     "OutputCompensation": "correction of a block's output: works on float values",
     "Embedding": "table look-up: no matrix product",
-    "MultiheadAttention": "nn.MultiheadAttention computes its products inline",
+    "MultiheadAttention": "learned or zero keys (add_bias_kv, add_zero_attn) have no modules",
+    "NonDynamicallyQuantizableLinear": "its nn.MultiheadAttention uses the weight without calling it",
 }
+
+# other modules that compute something inline, and why it stays float
+INLINE: dict[type[nn.Module], str] = {}
+
+# module class -> those of its submodules that run in training only
+TRAINING_ONLY: dict[type[nn.Module], Callable[[nn.Module], list[nn.Module]]] = {}
 
 
 @dataclass(frozen=True)
@@ -57,13 +67,17 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
         BadInputError: the granularity makes no sense for this role or does not divide the axis, or the format of a
             weight is not linear.
     """
-    allowed = {"weight": ("tensor", "channel"), "input": ("tensor",)}.get(role, ("tensor", "head"))
+    if role == "weight" or (role == "input" and _can_divide(layer)):
+        allowed = ("tensor", "channel")
+    else:
+        allowed = ("tensor",) if role == "input" else ("tensor", "head")
     axis, size = LAYERS[type(layer)].role_axis(layer, role)
     whole = isinstance(spec.granularity, int) and not isinstance(spec.granularity, bool) and spec.granularity >= 1
     if whole and role == "weight" and size % spec.granularity == 0:
         groups = spec.granularity
     elif spec.granularity in allowed:
-        groups = 1 if spec.granularity == "tensor" else size
+        # an input's channels share one scale: they are made even by factors that the weights take up
+        groups = 1 if spec.granularity == "tensor" or role == "input" else size
     else:
         raise BadInputError(
             f"layer {name!r}: granularity {spec.granularity!r} does not fit role {role!r}, whose axis has size "
@@ -100,7 +114,8 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
             ATTENTION[type(module)](module)
     if policy.output_compensation:
         install_output_compensation(part)
-    inside = set(part.modules())
+    unused = _training_only(part)
+    inside = set(part.modules()) - unused
     modules = dict(model.named_modules())
     targets = [name for name, module in modules.items() if module in inside and type(module) in LAYERS]
     classes = {name: LAYERS[type(modules[name])] for name in targets}
@@ -109,14 +124,25 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
     for name, module in modules.items():
         if name in targets:
             table += _quantize_layer(name, module, policy)
-        elif _is_leaf(module):
+        elif _is_leaf(module) or type(module) in INLINE:
             reason = _float_reason(module) if module in inside else f"outside scope {policy.scope!r}"
+            reason = "runs in training only" if module in unused else reason
             table.append(_float_row(name, module, "-", reason))
     if not any(row.bits for row in table):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     install_state_hooks(model)
     model.quantization_table = table
     return table
+
+
+def _training_only(model: nn.Module) -> set[nn.Module]:
+    holders = [module for module in model.modules() if type(module) in TRAINING_ONLY]
+    return {m for holder in holders for part in TRAINING_ONLY[type(holder)](holder) for m in part.modules()}
+
+
+def _can_divide(layer: nn.Module) -> bool:
+    """Whether factors of the input's channels can be moved into the weights, whose axis 1 they are."""
+    return LAYERS[type(layer)].kind == "Linear" or (LAYERS[type(layer)].kind == "Conv2d" and layer.groups == 1)
 
 
 def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerRow]:
@@ -133,7 +159,7 @@ def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerR
         elements = _num_weights(module)
         rows.append(LayerRow(name, cls.kind, role, spec.bits, kind, str(spec.granularity), q.groups, elements, ""))
     if quantizers:
-        to_quantized(module, quantizers)
+        to_quantized(module, quantizers, "input" in specs and specs["input"].granularity == "channel")
     return rows
 
 
@@ -141,6 +167,7 @@ def leave_float(model: nn.Module, names: list[str]) -> None:
     """Take the quantizers of these layers away again, and say so in the layer table."""
     for name in names:
         model.get_submodule(name).quantizers.clear()
+        model.get_submodule(name).input_factors = None
     table = getattr(model, "quantization_table", [])
     table[:] = [
         replace(row, bits=None, format="float32", granularity="-", groups=0, reason="no calibration data reached it")
@@ -152,15 +179,17 @@ def leave_float(model: nn.Module, names: list[str]) -> None:
 
 def _is_leaf(module: nn.Module) -> bool:
     has_parameters = next(module.parameters(recurse=False), None) is not None
-    return has_parameters and (type(module) in LAYERS or next(module.children(), None) is None)
+    known = type(module) in LAYERS or type(module) in ATTENTION
+    return has_parameters and (known or next(module.children(), None) is None)
 
 
 def _num_weights(module: nn.Module) -> int:
-    weight = getattr(module, "weight", None)
-    return weight.numel() if weight is not None else 0
+    return sum(p.numel() for name, p in module.named_parameters(recurse=False) if "bias" not in name)
 
 
 def _float_reason(module: nn.Module) -> str:
+    if type(module) in INLINE:
+        return INLINE[type(module)]
     name = type(module).__name__
     return FLOAT_REASONS.get(name, f"{name} has no quantized form")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apq_mmdet.errors import CheckpointError
-from apq_mmdet.layers.base import QuantizedLayer, quantized_layers
+from apq_mmdet.layers.base import INPUT_FACTORS, QuantizedLayer
 from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
 
@@ -19,15 +19,26 @@ PACKED_SUFFIX = "weight_codes"
 def is_added(key: str) -> bool:
     """Whether a key of a quantized model's state_dict is one that the float model has not."""
     parts = key.split(".")
-    return parts[-1] == VERSION_KEY or "quantizers" in parts or OUTPUT_COMPENSATION in parts
+    return parts[-1] in (VERSION_KEY, INPUT_FACTORS) or "quantizers" in parts or OUTPUT_COMPENSATION in parts
 
 
 def _weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    return ((name, layer) for name, layer in quantized_layers(model) if "weight" in layer.quantizers)
+    """Every name of every layer with a quantized weight; a layer that stands in several places has several names."""
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, QuantizedLayer) and "weight" in getattr(layer, "quantizers", ()):
+            yield name, layer
 
 
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict without what hooks make of it: every tensor under the name of the module that holds it."""
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        module._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+    return state
 
 
 @torch.no_grad()
@@ -39,10 +50,11 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a quantizer is not calibrated.
     """
-    blank = _uncalibrated(model.state_dict())
+    own = _own_state(model)
+    blank = _uncalibrated(own)
     if blank:
         raise CheckpointError(f"not calibrated: {_listed(blank)}")
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in own.items()}
     for name, layer in _weight_layers(model):
         quantizer = layer.quantizers["weight"]
         codes = quantizer.encode(layer.weight) - quantizer.code_min
@@ -62,7 +74,7 @@ def _before_load(
     model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: list[str]
 ) -> None:
     """Runs once on the state of the whole model, before torch's or mmengine's loader walks the modules."""
-    own = {prefix + key: value for key, value in model.state_dict().items()}
+    own = {prefix + key: value for key, value in _own_state(model).items()}
     if prefix + VERSION_KEY not in state:  # a float checkpoint: the quantizers keep what they have
         stray = [key for key in state if key.startswith(prefix) and _is_quantized(key)]
         if stray:

@@ -103,7 +103,7 @@ def test_a_subclass_with_its_own_forward_stays_float():
     "rule",
     [
         dict(weight=dict(granularity="head")),
-        dict(input=dict(granularity="channel")),
+        dict(input=dict(granularity="head")),
         dict(weight=dict(granularity=7)),
         dict(weight=dict(granularity=0)),
         dict(weight=dict(granularity=True)),

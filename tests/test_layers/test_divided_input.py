@@ -1,0 +1,117 @@
+"""Layers that divide their inputs by factors of the channels, which the weights take up."""
+
+import pytest
+import torch
+from helpers import build_swin, recipe, short_grids
+from torch import nn
+
+from apq_mmdet.calibration import calibrate
+from apq_mmdet.calibration.transforms import InputRescaling, rescalings_of
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers
+from apq_mmdet.policy import Policy
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (5, 6)),
+    "conv": (lambda: nn.Conv2d(6, 4, 3, padding=1), (2, 6, 5, 5)),
+}
+UNEVEN = torch.tensor([0.01, 0.1, 1.0, 10.0, 3.0, 0.3])
+
+
+def divided(make, **settings):
+    model = nn.Sequential(make())
+    rule = dict(input=dict(granularity="channel", **settings), weight=dict(granularity="channel"))
+    quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=4, overrides=dict(all=rule))))
+    return model
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_float_function_is_kept(kind):
+    make, shape = LAYERS[kind]
+    model, x = divided(make).double(), torch.randn(shape).double()
+    with float_only(model):
+        want = model(x)
+        InputRescaling("input", model[0]).divide(UNEVEN)
+        assert not torch.equal(model[0].input_factors, torch.ones(6))
+        assert torch.allclose(model(x), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_values_by_the_plain_formula_in_float64(kind):
+    make, shape = LAYERS[kind]
+    model = divided(make).double()
+    layer, x = model[0], torch.randn(shape).double()
+    InputRescaling("input", layer).divide(UNEVEN)
+    columns = UNEVEN.double().view(1, -1, *[1] * (x.dim() - 2))
+    for role, tensor in (("input", x / columns), ("weight", layer.weight)):
+        layer.quantizers[role].observe(tensor)
+        layer.quantizers[role].set_range_factor(1.0)
+    codes, weights = (
+        q.decode(q.encode(t)) for q, t in zip(layer.quantizers.values(), (layer.weight, x / columns), strict=True)
+    )
+    run = nn.functional.linear if kind == "linear" else lambda a, w, b: nn.functional.conv2d(a, w, b, padding=1)
+    assert torch.allclose(model(x), run(weights, codes, layer.bias), rtol=1e-12, atol=1e-12)
+
+
+def test_spans_are_of_what_is_left():
+    (layer,) = divided(LAYERS["linear"][0])
+    place = InputRescaling("input", layer)
+    low, high = -UNEVEN.double(), 2 * UNEVEN.double()
+    assert torch.allclose(place.imbalance(low, high), 3 * UNEVEN.double())
+    place.divide(UNEVEN)
+    assert torch.allclose(place.imbalance(low, high), torch.full((6,), 3.0).double(), rtol=1e-6)
+
+
+def plus(**settings):
+    search = dict(metric="module", rounds=1, order="forward", block_input="quantized", grids=short_grids())
+    return recipe("apq_plus", search=search, **settings)
+
+
+def test_calibration_makes_channels_behind_the_gelu_even_and_the_checkpoint_keeps_it():
+    model = build_swin()
+    quantize_model(model, plus().policy)
+    dividing = {name: layer for name, layer in quantized_layers(model) if layer.input_factors is not None}
+    assert set(dividing) == {f"stages.0.blocks.{i}.ffn.layers.1" for i in range(2)}
+    images = [torch.randn(1, 3, 37, 50) for _ in range(2)]
+    seen = {}
+    for name, layer in dividing.items():
+        layer.quantizers["input"].register_forward_pre_hook(lambda _, x, n=name: seen.setdefault(n, []).append(x[0]))
+    calibrate(model, images, plus(compensation=None))  # which would move them a little
+    for name, layer in dividing.items():
+        assert layer.input_factors.max() / layer.input_factors.min() > 1.5
+        seen[name].clear()
+    with torch.no_grad(), float_only(model):
+        for image in images:
+            model(image)
+    for rows in seen.values():
+        x = torch.cat([r.flatten(0, -2) for r in rows])
+        spans = x.amax(0).clamp(min=0) - x.amin(0).clamp(max=0)
+        assert torch.allclose(spans, spans.mean().expand_as(spans), rtol=1e-4)  # seen in float, hardly moved since
+
+    state = packed_state_dict(model)
+    torch.manual_seed(1)
+    other = build_swin()
+    quantize_model(other, plus().policy)
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(images[0]), other(images[0]), strict=True))
+
+
+def test_a_layer_behind_a_norm_is_made_even_once():
+    model = build_swin(depth=1)
+    quantize_model(model, plus(overrides=dict(all=dict(kind="Linear", input=dict(granularity="channel")))).policy)
+    block = model.stages[0].blocks[0]
+    inputs = [operand for place in rescalings_of(block) for operand in place.operands if operand[1] == "input"]
+    assert len(inputs) == len(set(inputs)) == 4
+    assert sum(isinstance(place, InputRescaling) for place in rescalings_of(block)) == 1
+
+
+def test_factors_that_nothing_finds_are_refused():
+    with pytest.raises(BadInputError, match=r"quant\.formats\.ffn\.input: granularity 'channel' needs quant\.equalize"):
+        plus(equalize=0.0)
+
+
+def test_grouped_and_transposed_convolutions_have_no_such_factors():
+    for layer in (nn.Conv2d(6, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 2)):
+        with pytest.raises(BadInputError, match="granularity 'channel' does not fit role 'input'"):
+            divided(lambda layer=layer: layer)
