@@ -1,4 +1,4 @@
-# mmdet's Mask R-CNN with Swin-T, its backbone quantized by the recipe `apq` to 8 bits.
-_base_ = ["mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "../_base_/recipes/apq.py"]
+# Mask R-CNN with Swin-T, its backbone quantized by the recipe `apq` to 8 bits.
+_base_ = ["./mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "../_base_/recipes/apq.py"]
 
 model = dict(type="apq_mmdet.MaskRCNN", quant={{_base_.quant}})

@@ -1,0 +1,4 @@
+# Mask R-CNN with Swin-T, its backbone quantized by the recipe `apq_plus` to 8 bits.
+_base_ = ["./mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "../_base_/recipes/apq_plus.py"]
+
+model = dict(type="apq_mmdet.MaskRCNN", quant={{_base_.quant}})
