@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def tensor_bytes(content: Any) -> bytes:
 
 
 def safe_load(path: str | Path) -> Any:
-    """Load a checkpoint without unpickling arbitrary code.
+    """Load a checkpoint without unpickling arbitrary code, in torch's zip format or the one before it.
 
-    mmengine's training checkpoints hold numpy scalars and HistoryBuffers beside the weights; these few are allowed.
+    Training checkpoints hold numpy values, HistoryBuffers and configs beside the weights. Numpy values come back as
+    they are, configs and defaultdicts as plain containers; any other class or function is refused.
 
     Raises:
-        BadInputError: missing, unreadable, or holding other objects.
+        BadInputError: missing, unreadable, or holding other objects; the first of these is named.
     """
     if not os.path.isfile(path):
         raise BadInputError(f"checkpoint {path} does not exist")
@@ -56,9 +58,16 @@ def safe_load(path: str | Path) -> Any:
         with known_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        reason = f"it holds {refused[1]}, which is no tensor" if refused else type(error).__name__
+        reason = _why_unreadable(error)
         raise BadInputError(f"checkpoint {path} cannot be loaded safely (weights_only): {reason}") from error
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What is wrong with the file, in a line."""
+    message = str(error.__context__ or error)  # torch wraps what its reader says in several lines of advice
+    if refused := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message):
+        return f"it holds {refused[1]}, which is no tensor"
+    return ": ".join(filter(None, [type(error).__name__, message.partition("\n")[0]]))
 
 
 def _history_attribute(owner: Any, name: str) -> Any:
@@ -68,14 +77,31 @@ def _history_attribute(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
+def _without_factory(*_: Any) -> dict[Any, Any]:
+    """Stands in for ``defaultdict``, which torch's reader cannot fill."""
+    return {}
+
+
+class _ConfigState:
+    """Stands in for a config object: keeps its dict, file name and text, and runs nothing of it."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+
 def known_globals() -> contextlib.AbstractContextManager[Any]:
-    """Context in which ``weights_only`` loading accepts what mmengine's training checkpoints hold beside tensors."""
+    """Context in which ``weights_only`` loading accepts what training checkpoints hold beside tensors."""
     core = getattr(np, "_core", None) or np.core
     allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
-    allowed += [type(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64, np.bool_)]
+    allowed += list({type(np.dtype(code)) for code in np.typecodes["All"]})
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the name in files of numpy 1 and numpy 2
         allowed += [(getattr(core.multiarray, name), f"{module}.{name}") for name in ("_reconstruct", "scalar")]
-    allowed += [(_history_attribute, name) for name in ("builtins.getattr", "__builtin__.getattr")]
+    for module in ("mmcv.utils.config", "mmengine.config.config"):
+        allowed += [(_ConfigState, f"{module}.Config"), (OrderedDict, f"{module}.ConfigDict")]
+    allowed += [(OrderedDict, "addict.addict.Dict"), (_without_factory, "collections.defaultdict")]
+    for module in ("builtins", "__builtin__"):
+        allowed.append((_history_attribute, f"{module}.getattr"))
+        allowed += [(kind, f"{module}.{kind.__name__}") for kind in (dict, list, int, float)]  # factories
     # absent in torch < 2.5, which knows no such list and refuses these files
     manager = getattr(torch.serialization, "safe_globals", None)
     return manager(allowed) if manager else contextlib.nullcontext()

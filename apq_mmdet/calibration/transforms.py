@@ -164,12 +164,11 @@ def register_rescalings(*classes: type[nn.Module]) -> Callable[[RescalingMaker],
 
 
 def rescalings_of(block: nn.Module) -> list[Rescaling]:
-    """The rescalings of a block: those registered for its class, and those of layers that divide their inputs."""
+    """The rescalings of a block: those registered for its class, then those of layers that divide their inputs."""
     registered = next((make(block) for cls, make in RESCALINGS.items() if isinstance(block, cls)), [])
-    taken = {operand for place in registered for operand in place.operands}
+    even = {place.layer for place in registered if place.side == "input"}
     dividing = [(name, layer) for name, layer in quantized_layers(block) if layer.input_factors is not None]
-    own = [InputRescaling(f"{name}.input", layer) for name, layer in dividing if (layer, "input") not in taken]
-    return registered + own
+    return registered + [InputRescaling(f"{name}.input", layer) for name, layer in dividing if layer not in even]
 
 
 @torch.no_grad()
@@ -247,11 +246,13 @@ def equalize(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: fl
             module(*call.args, **call.kwargs)
 
     with float_only(block):
-        extents = channel_extents(places, run)
         factors = {}
-        for place, extent in zip(places, extents, strict=True):
-            factors[place.name] = balancing_factors(place.imbalance(*extent), strength)
-            place.divide(factors[place.name])
+        # a layer divides what the other rescalings leave of its input
+        dividing = [place for place in places if isinstance(place, InputRescaling)]
+        for group in filter(None, ([place for place in places if place not in dividing], dividing)):
+            for place, extent in zip(group, channel_extents(group, run), strict=True):
+                factors[place.name] = balancing_factors(place.imbalance(*extent), strength)
+                place.divide(factors[place.name])
         _observe_anew(places, run)
     return factors
 

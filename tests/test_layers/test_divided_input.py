@@ -78,7 +78,7 @@ def test_calibration_makes_channels_behind_the_gelu_even_and_the_checkpoint_keep
         layer.quantizers["input"].register_forward_pre_hook(lambda _, x, n=name: seen.setdefault(n, []).append(x[0]))
     calibrate(model, images, plus(compensation=None))  # which would move them a little
     for name, layer in dividing.items():
-        assert layer.input_factors.max() / layer.input_factors.min() > 1.5
+        assert layer.input_factors.max() / layer.input_factors.min() > 1.3
         seen[name].clear()
     with torch.no_grad(), float_only(model):
         for image in images:
@@ -102,8 +102,9 @@ def test_a_layer_behind_a_norm_is_made_even_once():
     quantize_model(model, plus(overrides=dict(all=dict(kind="Linear", input=dict(granularity="channel")))).policy)
     block = model.stages[0].blocks[0]
     inputs = [operand for place in rescalings_of(block) for operand in place.operands if operand[1] == "input"]
-    assert len(inputs) == len(set(inputs)) == 4
-    assert sum(isinstance(place, InputRescaling) for place in rescalings_of(block)) == 1
+    assert [inputs.count(operand) for operand in dict.fromkeys(inputs)] == [1, 2, 1, 1]  # values, then their projection
+    dividing = [place.name for place in rescalings_of(block) if isinstance(place, InputRescaling)]
+    assert dividing == ["attn.w_msa.proj.input", "ffn.layers.1.input"]
 
 
 def test_factors_that_nothing_finds_are_refused():

@@ -8,7 +8,7 @@ quant = dict(
         linear=dict(weight=dict(granularity="channel")),
         qkv=dict(weight=dict(granularity="channel")),
         products=dict(attention=dict(format="row_affine")),
-        # no linear operation stands before these inputs that could make their channels even
+        # no norm stands before these inputs whose weights could make the channels even
         ffn=dict(kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(granularity="channel")),
     ),
     equalize=1.0,
