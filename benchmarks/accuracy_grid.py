@@ -141,7 +141,8 @@ def _rank(spec: Spec) -> tuple[int, ...]:
 
 BASE = Spec(detector="mask-rcnn", scope="backbone", bits="W4A4", recipe="apq_fast")
 PLUS = replace(BASE, bits="W2A4", recipe="apq_plus")  # at these bits its parts tell
-_SEARCH, _ATTENTION = "model.quant.search", "model.quant.formats.products.attention"
+_SEARCH, _FORMATS = "model.quant.search", "model.quant.formats"
+_ATTENTION = f"{_FORMATS}.products.attention"
 
 
 def _changed(key: str, value: Any, base: Spec = BASE) -> Spec:
@@ -170,13 +171,25 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         ),
         "log_sqrt2": _changed(f"{_ATTENTION}.format", "log_sqrt2"),
         "twin_softmax": _changed(f"{_ATTENTION}.format", "twin_softmax"),
+        "row_affine": _changed(f"{_ATTENTION}.format", "row_affine"),
+    },
+    "gradient at": {
+        "the disturbed model": BASE,
+        "a perturbation of the float model": _changed("model.quant.importance", "perturbation"),
     },
     "order in a block": {"backward": BASE, "forward": _changed(f"{_SEARCH}.order", "forward")},
     "calibration images": {str(n): replace(BASE, num_calib=n) for n in (1, 4, 8, 16, 32, 64, 128)},
     "parts of apq_plus": {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
-        "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
+        "channels as they are": replace(
+            PLUS, options={"model.quant.equalize": 0.0, f"{_FORMATS}.ffn.input.granularity": "tensor"}
+        ),
+        "channels behind the GELU as they are": _changed(f"{_FORMATS}.ffn.input.granularity", "tensor", PLUS),
+        "one step for a head's attention maps": _changed(f"{_ATTENTION}.format", "affine", PLUS),
+        "logarithmic attention maps": replace(
+            PLUS, options={f"{_ATTENTION}.format": "shift_log2", f"{_SEARCH}.grids.attention": [0.9, 1.0, 2]}
+        ),
         "no compensation": _changed("model.quant.compensation", None, PLUS),
         "inputs not made up for": _changed("model.quant.compensation.activations", False, PLUS),
         "weights rounded to nearest": _changed("model.quant.compensation.rounding", False, PLUS),
