@@ -10,11 +10,13 @@ quant = dict(
         products=dict(attention=dict(format="row_affine")),
         # no norm stands before these inputs whose weights could make the channels even
         ffn=dict(kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(granularity="channel")),
+        head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
+        head_convs=dict(kind="Conv2d", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
     ),
     equalize=1.0,
     search=dict(
         metric="module",
-        objective=dict(type="hessian"),
+        objective=dict(type="mse"),
         rounds=1,
         order="forward",
         block_input="quantized",
