@@ -3,8 +3,6 @@
 import argparse
 import os
 import re
-import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
+from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.engine.quantized_config import quantized_config, read_config, with_ptq_loop
-from apq_mmdet.errors import BadInputError, CalibrationError, CheckpointError
+from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
 
 LONGEST_WAIT = 2 * 3600  # seconds that a process waits for the others
@@ -27,7 +26,8 @@ LAUNCHER_VARIABLES = {
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
 LAUNCHER_COMMANDS = {"pytorch": "torchrun", "slurm": "srun", "mpi": "mpirun"}
-EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+# what building a model or a work dir raises where the config is wrong or a package that it needs is missing
+CANNOT_BE_BUILT = (TypeError, KeyError, AssertionError, RuntimeError, ImportError, FileExistsError, NotADirectoryError)
 
 EPILOG = """
 examples:
@@ -176,7 +176,7 @@ def build_runner(cfg: Config) -> Runner:
     """
     try:
         return Runner.from_cfg(cfg)
-    except (TypeError, KeyError, AssertionError, FileExistsError, NotADirectoryError) as error:
+    except CANNOT_BE_BUILT as error:
         raise BadInputError(f"the config cannot be built: {type(error).__name__}: {error}") from error
 
 
@@ -197,19 +197,4 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.local_rank is not None:  # how old launchers tell it
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    try:
-        run(args)
-    except BadInputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; repeat the command with --resume to go on", file=sys.stderr)
-        return EXIT_FAILED
-    except (CalibrationError, CheckpointError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except Exception as error:
-        traceback.print_exc()
-        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    return EXIT_OK
+    return exit_code_of(lambda: run(args))

@@ -17,7 +17,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; repeat the command with --resume to go on", file=sys.stderr)
+        print("interrupted; where the command knows --resume, that goes on", file=sys.stderr)
         return EXIT_FAILED
     except (CalibrationError, CheckpointError) as error:
         print(f"failed: {error}", file=sys.stderr)
