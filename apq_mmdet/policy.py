@@ -31,6 +31,25 @@ def check_bits(bits: Any, where: str) -> int:
     return bits
 
 
+def check_pattern(pattern: Any, where: str) -> str:
+    """Return a glob, or a regular expression after ``re:``, if it is one, else raise BadInputError."""
+    if not isinstance(pattern, str):
+        raise BadInputError(f"{where}: expected a glob or 're:' and a regular expression, got {pattern!r}")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise BadInputError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a full name is what a glob or, after ``re:``, a regular expression speaks of."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
 @dataclass(frozen=True)
 class QuantizerSpec:
     """One tensor role's number format.
@@ -75,21 +94,14 @@ class Rule:
             if role in rule:
                 given = rule[role]
                 roles[role] = None if given is None else _spec_fields(given, where, role)
-        pattern = rule.get("pattern", "*")
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise BadInputError(f"{where}.pattern: {pattern!r} is no regular expression: {error}") from error
+        pattern = check_pattern(rule.get("pattern", "*"), f"{where}.pattern")
         return cls(pattern, kind, bool(rule.get("float", False)), bits, roles)
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of a layer of this full name and kind."""
         if self.kind not in (None, kind):
             return False
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern[3:], name) is not None
-        return fnmatchcase(name, self.pattern)
+        return name_matches(self.pattern, name)
 
 
 def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:

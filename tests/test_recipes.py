@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import ROOT, build_swin, recipe
+from helpers import ROOT, build_swin, recipe, short_grids
 
-from apq_mmdet.calibration import calibrate
+from apq_mmdet.calibration import calibrate, calibrator
 from apq_mmdet.engine.quantized_config import load_recipe
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
@@ -121,6 +121,21 @@ def test_formats(name):
             dict(observer="quantile"),
             r"quant\.observer: unknown key 'quantile'; known: minmax",
         ),
+        (
+            "apq_plus",
+            dict(search=dict(objectives=dict(heads=dict(type="mse")))),
+            r"quant\.search\.objectives\.heads: expected dict\(pattern=",
+        ),
+        (
+            "apq_plus",
+            dict(search=dict(objectives=dict(heads=dict(pattern="re:*head", type="mse")))),
+            r"quant\.search\.objectives\.heads\.pattern: 're:\*head' is no regular expression",
+        ),
+        (
+            "apq_plus",
+            dict(search=dict(objectives=dict(heads=dict(pattern="*", type="msa")))),
+            r"quant\.search\.objectives\.heads: unknown type 'msa'",
+        ),
         ("aphq", dict(importance="perturbed"), r"quant\.importance: unknown key 'perturbed'; .*'perturbation'"),
     ],
 )
@@ -143,3 +158,26 @@ def test_refusals(name, settings, message):
 def test_formats_that_do_not_fit(formats, message):
     with pytest.raises(BadInputError, match=message):
         quantized(recipe("minmax", formats=formats))
+
+
+def test_objectives_of_single_blocks():
+    search = recipe("apq_plus").search
+    assert search.for_block("backbone.stages.0.blocks.1").objective == dict(type="mse")
+    for name in ("neck", "rpn_head", "roi_head.bbox_head", "roi_head.mask_head.1"):
+        assert search.for_block(name).objective == dict(type="hessian")
+
+
+def test_a_block_is_searched_by_its_own_objective(monkeypatch):
+    kinds = []
+
+    def search_block(module, calls, search, progress):
+        kinds.append(search.objective["type"])
+        return original(module, calls, search, progress)
+
+    original = calibrator.search_block
+    monkeypatch.setattr(calibrator, "search_block", search_block)
+    rules = dict(second=dict(pattern="*.blocks.1", type="cosine"))
+    settings = recipe("apq_plus", search=dict(objectives=rules, grids=short_grids()))
+    report = calibrate(quantized(settings), IMAGES, settings)
+    assert kinds == ["cosine" if block.block.endswith(".blocks.1") else "mse" for block in report.blocks]
+    assert "cosine" in kinds

@@ -247,7 +247,7 @@ def _finish_one(
         calls.add(units)
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
-    factors = search_block(module, calls, search, progress)
+    factors = search_block(module, calls, search.for_block(name), progress)
     if recipe.compensation is not None:
         progress.quantizer("compensation")
         compensate(module, calls, recipe.compensation)

@@ -1,6 +1,6 @@
 """A recipe is data: number formats (policy) plus how their ranges are searched; parsed from ``model.quant``."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from apq_mmdet.calibration.compensation import CompensationConfig
@@ -9,7 +9,7 @@ from apq_mmdet.calibration.objectives import build_objective
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig
 from apq_mmdet.calibration.scoring import Candidate
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.policy import KINDS, ROLES, Policy, refuse_unknown
+from apq_mmdet.policy import KINDS, ROLES, Policy, check_pattern, name_matches, refuse_unknown
 from apq_mmdet.quantizers import OBSERVERS, Quantizer
 
 # APQ-ViT grids (reconstruction): (first factor, last factor, number of candidates) by layer kind
@@ -32,6 +32,7 @@ class SearchConfig:
     Args:
         metric: where errors are measured: at the 'block' output (BBC) or at the 'module' output (PTQ4ViT).
         objective: config of an objective, ``dict(type='hessian', eliminate=0.1, eliminate_by='error')``.
+        objectives: others for blocks whose name matches a pattern, ``dict(heads=dict(pattern='*head*', type='mse'))``.
         rounds: alternating rounds over the layers of a block; stops early at a fixpoint.
         order: 'backward' (last layer of a block first) or 'forward'.
         block_input: a block is judged on its 'float' input, or on the input that the 'quantized' blocks before give.
@@ -43,6 +44,7 @@ class SearchConfig:
 
     metric: str = "block"
     objective: dict[str, Any] = field(default_factory=lambda: dict(type="hessian"))
+    objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
     rounds: int = 3
     order: str = "backward"
     block_input: str = "float"
@@ -70,12 +72,19 @@ class SearchConfig:
         if config.get("windows") and config.get("block_input") == "quantized":
             raise BadInputError(f"{where}: windows={config['windows']} needs block_input='float'")
         if "objective" in config:
-            config["objective"] = dict(config["objective"])
-            try:
-                build_objective(config["objective"])
-            except (TypeError, ValueError) as error:
-                raise BadInputError(f"{where}.objective: {error}") from error
+            config["objective"] = _objective(config["objective"], f"{where}.objective")
+        config["objectives"] = {
+            name: _block_objective(rule, f"{where}.objectives.{name}")
+            for name, rule in dict(config.get("objectives", {})).items()
+        }
         return cls(**config)
+
+    def for_block(self, name: str) -> "SearchConfig":
+        """The search of a block of this name: with the last of ``objectives`` that speaks of it."""
+        matching = [rule for rule in self.objectives.values() if name_matches(rule["pattern"], name)]
+        if not matching:
+            return self
+        return replace(self, objective={key: value for key, value in matching[-1].items() if key != "pattern"})
 
     def candidates(self, kind: str, role: str, quantizer: Quantizer) -> list[Candidate]:
         """What a search tries for one quantizer: every range factor with every variant, factors ascending."""
@@ -87,6 +96,24 @@ class SearchConfig:
         first, last, number = self.grids.get(role, self.grids[kind])
         step = (last - first) / max(number - 1, 1)
         return [f for f in (first + i * step for i in range(number)) if f >= least - 1e-9]
+
+
+def _objective(config: Any, where: str) -> dict[str, Any]:
+    if not hasattr(config, "keys"):
+        raise BadInputError(f"{where}: expected dict(type=..., ...), got {config!r}")
+    config = dict(config)
+    try:
+        build_objective(config)
+    except (TypeError, ValueError) as error:
+        raise BadInputError(f"{where}: {error}") from error
+    return config
+
+
+def _block_objective(rule: Any, where: str) -> dict[str, Any]:
+    if not hasattr(rule, "keys") or "pattern" not in rule:
+        raise BadInputError(f"{where}: expected dict(pattern=..., type=..., ...), got {rule!r}")
+    pattern = check_pattern(rule["pattern"], f"{where}.pattern")
+    return {**_objective({key: value for key, value in rule.items() if key != "pattern"}, where), "pattern": pattern}
 
 
 def _grid(grid: Any, where: str) -> tuple[float, float, int]:

@@ -17,6 +17,8 @@ quant = dict(
     search=dict(
         metric="module",
         objective=dict(type="mse"),
+        # of what a head predicts, little matters to the detections
+        objectives=dict(heads=dict(pattern=r"re:(neck|.*head).*", type="hessian")),
         rounds=1,
         order="forward",
         block_input="quantized",
