@@ -108,8 +108,12 @@ def calibration_from_folder(cfg: Config, folder: str, num: int, seed: int) -> Ca
     return CalibrationImages(choose(images, num, seed, f"folder {folder}"), test_pipeline(cfg))
 
 
-def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImages:
-    """``num`` images of the config's training set."""
+def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]:
+    """Id and path of each image of the config's training set, and the set's metainfo.
+
+    Raises:
+        BadInputError: the config has no training set, or its annotations cannot be read.
+    """
     init_default_scope(cfg.get("default_scope", "mmdet"))
     try:
         config = dict(_innermost(cfg.train_dataloader.dataset), pipeline=[])
@@ -120,5 +124,10 @@ def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImag
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
         raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    images = [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos]
-    return CalibrationImages(choose(images, num, seed, "the training set"), test_pipeline(cfg), dataset.metainfo)
+    return [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos], dataset.metainfo
+
+
+def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImages:
+    """``num`` images of the config's training set."""
+    images, metainfo = training_images(cfg)
+    return CalibrationImages(choose(images, num, seed, "the training set"), test_pipeline(cfg), metainfo)

@@ -18,6 +18,7 @@ COCO_ITEMS = [
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
     *("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000"),
 ]
+COCO_PROPOSALS = (100, 300, 1000)  # mmdet's default
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -82,13 +83,15 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
     cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if _class_name(hook["type"]) != "EMAHook"]
     for evaluator in _evaluators(cfg):
-        if _class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items"):
+        # mmdet finds the later ones of them by their place, which holds for three numbers of proposals only
+        usual = len(evaluator.get("proposal_nums", COCO_PROPOSALS)) == len(COCO_PROPOSALS)
+        if _class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items") and usual:
             evaluator["metric_items"] = list(COCO_ITEMS)
     return cfg
 
 
 def _import_too(cfg: Config, imports: dict[str, Any] | None) -> None:
-    """Let a config, and the stand-alone one made from it, import what its recipe imports."""
+    """Let a config, and the stand-alone one made from it, import these modules too."""
     if imports:
         own = cfg.get("custom_imports") or {"imports": []}
         named = [part["imports"] for part in (own, imports)]
@@ -146,6 +149,8 @@ def standalone_config(cfg: Config, left_float: list[str]) -> Config:
     cfg.test_cfg = dict(type="TestLoop")
     cfg.load_from, cfg.resume = None, False
     cfg.launcher = "none"
+    # before mmdet's tools build a Runner, whose log imports torchvision: see apq_mmdet.torchvision_operators
+    _import_too(cfg, {"imports": [SCOPE]})
     for key in ("work_dir", "model_wrapper_cfg"):
         cfg.pop(key, None)
     if left_float:

@@ -1,0 +1,66 @@
+"""A detector in memory: quantize it, and save it for mmdet's own tools."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdet.models.detectors.base import BaseDetector
+
+from apq_mmdet.calibration import Recipe, calibrate
+from apq_mmdet.calibration.calibrator import CalibrationReport
+from apq_mmdet.engine.checkpoint import save_quantized
+from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, quantized_config, standalone_config
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import write_atomic
+from apq_mmdet.layers import quantize_model
+from apq_mmdet.models.distillation import detection_task
+from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
+
+
+def quantize_detector(
+    model: BaseDetector,
+    images: Sequence[dict[str, Any]],
+    recipe: str = DEFAULT_RECIPE,
+    seed: int = 0,
+    **settings: Any,
+) -> CalibrationReport:
+    """Quantize and calibrate a float detector, in place. The config in ``model.cfg`` becomes the quantized one.
+
+    Args:
+        model: what ``mmdet.apis.init_detector`` gives for a float config and checkpoint.
+        images: packed samples of the test pipeline: ``inputs`` [3, H, W] and ``data_samples``.
+        recipe: name, or path of a config that defines ``quant``.
+        seed: of the random samplers of fast recipes.
+        settings: keys of ``quant`` that replace the recipe's: ``w_bits``, ``a_bits``, ``scope``, ``overrides``.
+
+    Raises:
+        BadInputError: the model has no config or is quantized already; unknown recipe or setting.
+        CalibrationError: no images, a quantizer that saw no data, a zero or non-finite gradient.
+    """
+    if not hasattr(model, "cfg"):
+        raise BadInputError(f"{type(model).__name__} has no 'cfg': take a model of mmdet.apis.init_detector")
+    if hasattr(model, "quantization_table"):
+        raise BadInputError(f"{type(model).__name__} is quantized already; start from a float config and checkpoint")
+    cfg = quantized_config(model.cfg, recipe, settings)
+    parsed = Recipe.from_dict(cfg.model.quant)
+    disable_activation_checkpointing(model)
+    device = next(model.parameters()).device
+    quantize_model(model, parsed.policy)
+    model.to(device)  # the new buffers too
+    report = calibrate(model, images, parsed, detection_task(model), seed=seed)
+    model.cfg = standalone_config(cfg, report.left_float)
+    return report
+
+
+def save_detector(model: BaseDetector, folder: str | Path) -> None:
+    """Write ``quantized.pth`` and ``config.py`` of a detector that ``quantize_detector`` quantized.
+
+    Raises:
+        CheckpointError: a quantizer is not calibrated.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset_meta = json.loads(json.dumps(model.dataset_meta, default=list))  # plain containers
+    save_quantized(model, folder / "quantized.pth", {"dataset_meta": dataset_meta})
+    write_atomic(folder / "config.py", model.cfg.pretty_text.encode())
