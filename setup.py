@@ -19,5 +19,5 @@ setup(
     packages=find_packages(include=["apq_mmdet*"]),
     # the OpenMMLab stack is deliberately absent: forks with other distribution names must keep working
     install_requires=["numpy", "tqdm"],
-    extras_require={"dev": ["pytest", "ruff"]},
+    extras_require={"timm": ["timm>=1.0.31"], "dev": ["pytest", "ruff"]},
 )

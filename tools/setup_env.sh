@@ -25,4 +25,4 @@ fi
 say "mmdet and the rest"
 $PIP -r requirements.txt
 $PIP --no-build-isolation --no-deps -e .
-"$PY" -W ignore -c 'import apq_mmdet, mmcv.ops, pkg_resources; print("== apq_mmdet", apq_mmdet.__version__, "is ready")'
+"$PY" -W ignore -c 'import apq_mmdet, mmcv.ops, pkg_resources, timm; print("== apq_mmdet", apq_mmdet.__version__, "is ready")'

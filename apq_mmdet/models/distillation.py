@@ -2,23 +2,38 @@
 
 Two-stage detectors: the RPN (KL of sigmoid objectness, smooth L1 of the deltas where the float objectness exceeds 0.7)
 and the RoI heads on the float model's proposals (KL of class scores, L1 of deltas, BCE of masks).
-Dense one-stage detectors: as the RPN. Others: their neck's features. Every term is a mean over its elements.
+Dense one-stage detectors: as the RPN; ATSS and RTMDet with boxes weighted by their float scores. Detectors that predict
+sets: see set_prediction.py. Others: their neck's features. Every term is a mean over its elements.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.dense_heads import AnchorHead, RetinaHead, RPNHead
-from mmdet.models.detectors.base import BaseDetector
+from mmdet.models.dense_heads import (
+    AnchorHead,
+    ATSSHead,
+    DDQDETRHead,
+    DeformableDETRHead,
+    DINOHead,
+    Mask2FormerHead,
+    MaskFormerHead,
+    RetinaHead,
+    RPNHead,
+    RTMDetHead,
+)
+from mmdet.models.dense_heads.rtmdet_head import RTMDetSepBNHead
+from mmdet.models.detectors.base_detr import DetectionTransformer
+from mmdet.models.detectors.maskformer import MaskFormer
 from mmdet.models.detectors.single_stage import SingleStageDetector
 from mmdet.models.detectors.two_stage import TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
-from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.importance import CalibrationTask, feature_loss
+from apq_mmdet.models.losses import bernoulli_kl, categorical_kl, prepare, weighted_mean
+from apq_mmdet.models.set_prediction import MaskTask, QueryTask
 
 CONFIDENT = 0.7  # float objectness above which a delta matters
 MAX_PROPOSALS = 256  # float proposals of an image on which the RoI heads are judged
@@ -41,15 +56,16 @@ def detection_task(model: nn.Module) -> CalibrationTask:
         and isinstance(model.roi_head, StandardRoIHead | CascadeRoIHead)
     ):
         return TwoStageTask()
-    # exact: subclasses may predict other things than one score per class and four deltas
-    if isinstance(model, SingleStageDetector) and type(model.bbox_head) in (AnchorHead, RetinaHead):
-        return DenseTask()
+    # exact: subclasses may predict other things
+    for detectors, head, heads, task in (
+        (SingleStageDetector, "bbox_head", (AnchorHead, RetinaHead), DenseTask),
+        (SingleStageDetector, "bbox_head", (ATSSHead, RTMDetHead, RTMDetSepBNHead), WeightedDenseTask),
+        (DetectionTransformer, "bbox_head", (DeformableDETRHead, DINOHead, DDQDETRHead), QueryTask),
+        (MaskFormer, "panoptic_head", (MaskFormerHead, Mask2FormerHead), MaskTask),
+    ):
+        if isinstance(model, detectors) and type(getattr(model, head, None)) in heads:
+            return task()
     return NeckTask()
-
-
-def _prepare(model: BaseDetector, sample: dict[str, Any]) -> tuple[Tensor, list[Any]]:
-    data = model.data_preprocessor(pseudo_collate([sample]), False)
-    return data["inputs"], data["data_samples"]  # [1, 3, H, W], one DetDataSample
 
 
 def dense_loss(student: tuple, teacher: tuple) -> Tensor:
@@ -69,13 +85,6 @@ def dense_loss(student: tuple, teacher: tuple) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def bernoulli_kl(logits: Tensor, logits_t: Tensor) -> Tensor:
-    """Mean KL(teacher || student) of independent Bernoulli variables given by their logits."""
-    p = logits_t.sigmoid()
-    gap = F.softplus(logits) - F.softplus(logits_t) - p * (logits - logits_t)
-    return gap.mean()
-
-
 class DenseTask(CalibrationTask):
     """One-stage detectors with an anchor head."""
 
@@ -85,12 +94,27 @@ class DenseTask(CalibrationTask):
 
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
         """As the teacher."""
-        inputs, _ = _prepare(model, sample)
+        inputs, _ = prepare(model, sample)
         return model.bbox_head(model.extract_feat(inputs))
 
     def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
         """See the module's docstring."""
         return dense_loss(student, teacher)
+
+
+class WeightedDenseTask(DenseTask):
+    """One-stage detectors whose boxes are distances or deltas of any scale, with or without a centerness."""
+
+    def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
+        """KL of sigmoid scores and centerness; L1 of boxes relative to their size, weighted with float scores."""
+        terms = []
+        for level in zip(*student, *teacher, strict=True):  # scores, boxes, centerness; [1, A * K, H, W] and so on
+            (score, box, *center), (score_t, box_t, *center_t) = level[: len(student)], level[len(student) :]
+            best = score_t.sigmoid().unflatten(1, (box_t.shape[1] // 4, -1)).amax(2, keepdim=True)  # [1, A, 1, H, W]
+            gap, size = ((t.abs().unflatten(1, (-1, 4))) for t in (box - box_t, box_t))
+            terms.append(weighted_mean(gap, best) / weighted_mean(size, best).clamp_min(1e-12))
+            terms += [bernoulli_kl(s, t) for s, t in zip((score, *center), (score_t, *center_t), strict=True)]
+        return torch.stack(terms).sum()
 
 
 class NeckTask(CalibrationTask):
@@ -102,7 +126,7 @@ class NeckTask(CalibrationTask):
 
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
         """As the teacher."""
-        return model.extract_feat(_prepare(model, sample)[0])
+        return model.extract_feat(prepare(model, sample)[0])
 
     def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
         """Relative squared error of the features."""
@@ -114,7 +138,7 @@ class TwoStageTask(CalibrationTask):
 
     def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
         """RPN and RoI outputs on the model's own best proposals."""
-        inputs, data_samples = _prepare(model, sample)
+        inputs, data_samples = prepare(model, sample)
         metas = [s.metainfo for s in data_samples]
         features = model.extract_feat(inputs)
         rpn = model.rpn_head(features)
@@ -128,7 +152,7 @@ class TwoStageTask(CalibrationTask):
 
     def student(self, model: nn.Module, sample: Any, context: FixedRois) -> Any:
         """The same outputs on the teacher's RoIs."""
-        inputs, _ = _prepare(model, sample)
+        inputs, _ = prepare(model, sample)
         features = model.extract_feat(inputs)
         rpn = model.rpn_head(features)
         head = model.roi_head
@@ -140,8 +164,7 @@ class TwoStageTask(CalibrationTask):
         terms = [dense_loss(student[0], teacher[0])]
         for (score, delta), (score_t, delta_t) in zip(student[1], teacher[1], strict=True):
             if score.numel():
-                target = score_t.log_softmax(1)
-                terms.append(F.kl_div(score.log_softmax(1), target, reduction="batchmean", log_target=True))
+                terms.append(categorical_kl(score, score_t))
             if delta is not None and delta.numel():
                 terms.append(F.l1_loss(delta, delta_t))
         for mask, mask_t in zip(student[2], teacher[2], strict=True):

@@ -4,10 +4,14 @@ from dataclasses import replace
 
 import mmcv.cnn
 import torch
+from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.backbones.swin import SwinBlock, WindowMSA
+from mmdet.models.dense_heads import DDQDETRHead, Mask2FormerHead, MaskFormerHead
 from mmdet.models.dense_heads.anchor_head import AnchorHead
-from mmdet.models.layers import PatchEmbed, PatchMerging
+from mmdet.models.layers import MLP, CSPLayer, PatchEmbed, PatchMerging
+from mmdet.models.layers.transformer import DetrTransformerDecoderLayer, DetrTransformerEncoderLayer
 from mmdet.models.necks import FPN
+from mmdet.models.necks.dyhead import DyHeadBlock
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from torch import Tensor, nn
@@ -17,7 +21,7 @@ from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.sampling import register_sampler, sample_rows
 from apq_mmdet.layers.base import register_layer
 from apq_mmdet.layers.conv import QuantizedConv2d, QuantizedConvTranspose2d
-from apq_mmdet.layers.convert import ATTENTION
+from apq_mmdet.layers.convert import ATTENTION, INLINE, TRAINING_ONLY
 from apq_mmdet.layers.linear import QuantizedLinear
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 
@@ -26,6 +30,7 @@ register_layer(mmcv.cnn.Conv2d)(QuantizedConv2d)
 register_layer(mmcv.cnn.ConvTranspose2d)(QuantizedConvTranspose2d)
 
 register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, BBoxHead, FCNMaskHead)
+register_block(DetrTransformerEncoderLayer, DetrTransformerDecoderLayer, MLP, CSPLayer, DyHeadBlock)
 register_sampler(BBoxHead, FCNMaskHead)(sample_rows)
 
 
@@ -40,7 +45,7 @@ def sample_windows(block: SwinBlock, call: BlockCall, search: SearchConfig, gene
     x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
     if not search.windows or (height <= side and width <= side):
         return call
-    rows, columns = (_random_crop(size, side, block.attn.window_size, generator) for size in (height, width))
+    rows, columns = (random_crop(size, side, block.attn.window_size, generator) for size in (height, width))
 
     def crop(tokens: Tensor) -> Tensor:
         grid = tokens.view(1, height, width, -1)[:, rows, columns]  # [1, h, w, C]
@@ -57,7 +62,8 @@ def sample_windows(block: SwinBlock, call: BlockCall, search: SearchConfig, gene
     )
 
 
-def _random_crop(size: int, side: int, step: int, generator: torch.Generator) -> slice:
+def random_crop(size: int, side: int, step: int, generator: torch.Generator) -> slice:
+    """A random range of ``side`` positions out of ``size``, starting at a multiple of ``step``."""
     if size <= side:
         return slice(0, size)
     start = step * int(torch.randint((size - side) // step + 1, (), generator=generator))
@@ -105,6 +111,18 @@ def use_product_modules(attention: WindowMSA) -> None:
 
 
 ATTENTION[WindowMSA] = use_product_modules
+
+INLINE[MultiScaleDeformableAttention] = "weighs sampled values: no matrix product"
+for head in (MaskFormerHead, Mask2FormerHead):
+    INLINE[head] = "the product of query embeddings and mask features has no module"
+
+# heads of the dense queries that help in training, and their share of the encoder's proposals
+TRAINING_ONLY[DDQDETRHead] = lambda head: [
+    head.cls_branches[-1],
+    head.reg_branches[-1],
+    head.aux_cls_branches,
+    head.aux_reg_branches,
+]
 
 
 def disable_activation_checkpointing(model: nn.Module) -> None:

@@ -22,20 +22,20 @@ def swin_block(block: SwinBlock) -> list[Rescaling]:
     # float models have no modules for the two products of attention
     products = [getattr(attention, name, None) for name in ("query_key", "attention_value")]
     return [
-        *_behind("norm1", block.norm1, attention.qkv),
+        *behind_norm("norm1", block.norm1, attention.qkv),
         QueryKeyRescaling("query_key", attention.qkv, products[0]),
         ValueRescaling("value_proj", attention.qkv, attention.proj, products[1]),
-        *_behind("norm2", block.norm2, block.ffn.layers[0][0]),
+        *behind_norm("norm2", block.norm2, block.ffn.layers[0][0]),
     ]
 
 
 @register_rescalings(PatchMerging)
 def patch_merging(block: PatchMerging) -> list[Rescaling]:
     """Behind the norm of the merged patches."""
-    return _behind("norm", block.norm, block.reduction) if type(block).forward is PatchMerging.forward else []
+    return behind_norm("norm", block.norm, block.reduction) if type(block).forward is PatchMerging.forward else []
 
 
-def _behind(name: str, norm: nn.Module | None, linear: nn.Linear) -> list[Rescaling]:
-    """Nothing for other norms, and for those without gamma."""
+def behind_norm(name: str, norm: nn.Module | None, linear: nn.Linear) -> list[Rescaling]:
+    """The rescaling of a LayerNorm and the layer behind it; none for other norms, and for those without gamma."""
     affine = isinstance(norm, nn.LayerNorm) and norm.weight is not None
     return [NormRescaling(name, norm, linear)] if affine else []

@@ -16,6 +16,6 @@ quant = dict(
             attention=dict(granularity="head", format="matthew"),
             value=dict(granularity="head"),
         ),
-        patch_embed=dict(kind="Conv2d", pattern="*patch_embed.projection", input=dict(bits=8)),
+        patch_embed=dict(kind="Conv2d", pattern="*patch_embed.proj*", input=dict(bits=8)),
     ),
 )

@@ -19,7 +19,9 @@ quant = dict(
             attention=dict(granularity="tensor", format="twin_softmax"),
             value=dict(symmetric=True),
         ),
-        gelu=dict(kind="Linear", pattern="*.ffn.layers.1", input=dict(format="twin_gelu", symmetric=False)),
+        gelu=dict(
+            kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(format="twin_gelu", symmetric=False)
+        ),
     ),
     search=dict(
         metric="module",

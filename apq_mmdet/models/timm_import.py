@@ -1,0 +1,24 @@
+"""The door to timm, which is optional: nothing else imports it before."""
+
+from importlib import import_module
+from types import ModuleType
+
+from apq_mmdet.errors import BadInputError
+
+
+def import_timm() -> ModuleType:
+    """timm, with its attention, blocks and patches made known to quantization and calibration.
+
+    Whoever has a timm model already may ``import apq_mmdet.models.timm_layers`` instead, before ``quantize_model``.
+
+    Raises:
+        BadInputError: timm is not installed.
+    """
+    try:
+        timm = import_module("timm")
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise BadInputError("a timm model is asked for and timm is not installed: pip install timm") from error
+    import_module("apq_mmdet.models.timm_layers")
+    return timm

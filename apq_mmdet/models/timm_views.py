@@ -1,0 +1,134 @@
+"""Views of timm's blocks as independent units: windows of Swin blocks, patches of embeddings.
+
+A ViT block has none: its tokens see each other.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.layers.format import Format
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.blocks import BlockCall
+from apq_mmdet.calibration.units import View, register_view
+from apq_mmdet.models.mmdet_views import RegionMask
+
+
+@register_view(SwinTransformerBlock)
+def windows(block: SwinTransformerBlock, call: BlockCall) -> View | None:
+    """Windows of N tokens, shifted, padded and partitioned as the block does."""
+    (x,) = (*call.args, *call.kwargs.values())  # [1, H, W, C]
+    if type(block).forward is not SwinTransformerBlock.forward or len(x) != 1:
+        return None
+    token, region = window_layout(block, *x.shape[1:3])
+    token = token.to(x.device)
+    padded = token == 0  # [n, N]
+
+    def to_windows(t: Tensor) -> Tensor:
+        return F.pad(t[0].flatten(0, 1), (0, 0, 1, 0))[token]  # [n, N, C], zero where padded
+
+    any_padded = bool(padded.any())
+    args = (to_windows(x), None if region is None else region.to(x.device), ~padded if any_padded else None)
+    padding = padded.sum(1) * x.shape[-1] if any_padded else None
+    return View(WindowBlock(block), args, to_windows, padding)
+
+
+def window_layout(block: SwinTransformerBlock, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """Which token stands where in which window.
+
+    Returns:
+        Index + 1 of each window's tokens, 0 for padding, int64 [n, N]; and the regions that a shifted window must
+        keep apart, int64 [n, N], or None without shift.
+    """
+    shift = block.shift_size
+    grid = torch.arange(1, height * width + 1).view(1, height, width, 1)
+    if any(shift):
+        grid = grid.roll((-shift[0], -shift[1]), (1, 2))  # before it is padded, unlike mmdet's
+    down, right = (-n % size for n, size in zip((height, width), block.window_size, strict=True))
+    grid = F.pad(grid, (0, 0, 0, right, 0, down))
+    token = window_partition(grid, block.window_size).flatten(1)
+    if not any(shift):
+        return token, None
+    bands = [
+        (torch.arange(n) >= n - size).long() + (torch.arange(n) >= n - s).long()
+        for n, size, s in zip(grid.shape[1:3], block.window_size, shift, strict=True)
+    ]  # 0, 1, 2 along each side, after the shift
+    region = (3 * bands[0][:, None] + bands[1][None])[None, ..., None]
+    return token, window_partition(region, block.window_size).flatten(1)
+
+
+class WindowBlock(nn.Module):
+    """A Swin block on windows that are already cut; shares the block's modules and their names."""
+
+    def __init__(self, block: SwinTransformerBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
+        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
+        self.mask = RegionMask()
+
+    def forward(self, x: Tensor, region: Tensor | None, valid: Tensor | None) -> Tensor:
+        """x: [n, N, C], zero where padded; region: [n, N] or None; valid: bool [n, N] or None; returns [n, N, C]."""
+        y = self.norm1(x)
+        if valid is not None:
+            y = y * valid.unsqueeze(-1)  # padded after the norm
+        x = x + self.drop_path1(self.attn(y, None if region is None else self.mask(region)))
+        if valid is None:
+            return self._mlp(x)
+        return torch.zeros_like(x).masked_scatter(valid.unsqueeze(-1), self._mlp(x[valid]))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+@register_view(PatchMerging)
+def merged_patches(block: PatchMerging, call: BlockCall) -> View | None:
+    """Patches of 2 x 2 tokens: [patches, 4 C]."""
+    (x,) = (*call.args, *call.kwargs.values())  # [1, H, W, C]
+    if type(block).forward is not PatchMerging.forward or len(x) != 1:
+        return None
+    _, height, width, channels = x.shape
+    x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    rows = x.view(-1, 2, x.shape[2] // 2, 2, channels)  # [H / 2, row, W / 2, column, C]
+    patches = rows.permute(0, 2, 3, 1, 4).reshape(-1, 4 * channels)
+    return View(MergedPatches(block), (patches,), lambda t: t.flatten(0, 2))
+
+
+class MergedPatches(nn.Module):
+    """A PatchMerging on patches that are already cut; shares its modules and their names."""
+
+    def __init__(self, block: PatchMerging) -> None:
+        super().__init__()
+        self.norm, self.reduction = block.norm, block.reduction
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[patches, 4 C] -> [patches, C']."""
+        return self.reduction(self.norm(x))
+
+
+@register_view(PatchEmbed)
+def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
+    """Patches of the image: [patches, 3, kH, kW]."""
+    (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
+    channels_first = not block.flatten and block.output_fmt is Format.NCHW
+    if type(block).forward is not PatchEmbed.forward or len(x) != 1 or channels_first:
+        return None
+    conv = block.proj
+    if block.dynamic_img_pad:
+        x = F.pad(x, (0, -x.shape[3] % conv.stride[1], 0, -x.shape[2] % conv.stride[0]))
+    patches = F.unfold(x, conv.kernel_size, stride=conv.stride)[0].t()
+    patches = patches.reshape(-1, conv.in_channels, *conv.kernel_size)
+    return View(EmbeddedPatches(block), (patches,), lambda t: t.flatten(0, -2))
+
+
+class EmbeddedPatches(nn.Module):
+    """A PatchEmbed on patches that are already cut; shares its modules and their names."""
+
+    def __init__(self, block: PatchEmbed) -> None:
+        super().__init__()
+        self.proj, self.norm = block.proj, block.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[patches, 3, kH, kW] -> [patches, C]."""
+        return self.norm(self.proj(x).flatten(1))
