@@ -74,7 +74,8 @@ class NormRescaling(Rescaling):
 class InputRescaling(Rescaling):
     """Input of a quantized layer that divides it by factors of its own: x_j / c_j, W[:, j] c_j.
 
-    For inputs that no linear operation makes, such as those behind a GELU.
+    For inputs that no linear operation makes, such as those behind a GELU. In a grouped convolution j counts the
+    channels of each row's own group.
     """
 
     def __init__(self, name: str, layer: QuantizedLayer) -> None:
@@ -84,7 +85,9 @@ class InputRescaling(Rescaling):
         """See the base class."""
         c = c.double()
         _multiply(self.layer.input_factors, c)
-        _multiply(self.layer.weight, c.view(-1, *[1] * (self.layer.weight.dim() - 2)))
+        weight, groups = self.layer.weight, getattr(self.layer, "groups", 1)
+        columns = c.view(groups, -1).repeat_interleave(len(weight) // groups, 0)  # [out, in / groups]
+        _multiply(weight, columns.view(*columns.shape, *[1] * (weight.dim() - 2)))
 
     def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         """max - min with zero included, of what is left after dividing by the factors so far."""

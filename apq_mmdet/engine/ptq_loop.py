@@ -77,8 +77,9 @@ class PTQLoop(TestLoop):
         self.task = detection_task(self.model)
         if isinstance(self.task, NeckTask) and self.model.recipe.policy.scope == "detector":
             raise BadInputError(
-                f"scope 'detector' knows how to run the heads of two-stage and RetinaNet-like detectors, not of "
-                f"{type(self.model).__name__}; use scope 'backbone'"
+                f"scope 'detector' knows how to run the heads of two-stage, dense one-stage (RetinaNet, ATSS, RTMDet), "
+                f"Deformable-DETR-like and mask-transformer detectors of mmdet, not of {type(self.model).__name__}; "
+                f"use scope 'backbone'"
             )
         self.work_dir = Path(runner.work_dir)
         self.run_description = self._describe_run()
@@ -96,7 +97,7 @@ class PTQLoop(TestLoop):
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
         try:
             super().__init__(runner, dataloader, evaluator, fp16)
-        except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, ImportError) as error:
             raise BadInputError(
                 f"the evaluation data cannot be read: {error}; use --no-eval to quantize without measuring AP"
             ) from error

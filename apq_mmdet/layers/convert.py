@@ -67,7 +67,8 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
         BadInputError: the granularity makes no sense for this role or does not divide the axis, or the format of a
             weight is not linear.
     """
-    if role == "weight" or (role == "input" and _can_divide(layer)):
+    # factors of the input channels move into the weights; nothing moves them into those of a transposed convolution
+    if role == "weight" or (role == "input" and LAYERS[type(layer)].kind in ("Linear", "Conv2d")):
         allowed = ("tensor", "channel")
     else:
         allowed = ("tensor",) if role == "input" else ("tensor", "head")
@@ -138,11 +139,6 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
 def _training_only(model: nn.Module) -> set[nn.Module]:
     holders = [module for module in model.modules() if type(module) in TRAINING_ONLY]
     return {m for holder in holders for part in TRAINING_ONLY[type(holder)](holder) for m in part.modules()}
-
-
-def _can_divide(layer: nn.Module) -> bool:
-    """Whether factors of the input's channels can be moved into the weights, whose axis 1 they are."""
-    return LAYERS[type(layer)].kind == "Linear" or (LAYERS[type(layer)].kind == "Conv2d" and layer.groups == 1)
 
 
 def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerRow]:

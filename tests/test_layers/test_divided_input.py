@@ -14,6 +14,8 @@ from apq_mmdet.policy import Policy
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),
     "conv": (lambda: nn.Conv2d(6, 4, 3, padding=1), (2, 6, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), (2, 6, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (2, 6, 5, 5)),
 }
 UNEVEN = torch.tensor([0.01, 0.1, 1.0, 10.0, 3.0, 0.3])
 
@@ -46,11 +48,14 @@ def test_values_by_the_plain_formula_in_float64(kind):
     for role, tensor in (("input", x / columns), ("weight", layer.weight)):
         layer.quantizers[role].observe(tensor)
         layer.quantizers[role].set_range_factor(1.0)
-    codes, weights = (
+    weight, quantized = (
         q.decode(q.encode(t)) for q, t in zip(layer.quantizers.values(), (layer.weight, x / columns), strict=True)
     )
-    run = nn.functional.linear if kind == "linear" else lambda a, w, b: nn.functional.conv2d(a, w, b, padding=1)
-    assert torch.allclose(model(x), run(weights, codes, layer.bias), rtol=1e-12, atol=1e-12)
+    if kind == "linear":
+        want = nn.functional.linear(quantized, weight, layer.bias)
+    else:
+        want = nn.functional.conv2d(quantized, weight, layer.bias, padding=1, groups=layer.groups)
+    assert torch.allclose(model(x), want, rtol=1e-12, atol=1e-12)
 
 
 def test_spans_are_of_what_is_left():
@@ -112,7 +117,6 @@ def test_factors_that_nothing_finds_are_refused():
         plus(equalize=0.0)
 
 
-def test_grouped_and_transposed_convolutions_have_no_such_factors():
-    for layer in (nn.Conv2d(6, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 2)):
-        with pytest.raises(BadInputError, match="granularity 'channel' does not fit role 'input'"):
-            divided(lambda layer=layer: layer)
+def test_transposed_convolutions_have_no_such_factors():
+    with pytest.raises(BadInputError, match="granularity 'channel' does not fit role 'input'"):
+        divided(lambda: nn.ConvTranspose2d(6, 4, 2))
