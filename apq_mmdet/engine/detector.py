@@ -35,7 +35,8 @@ def quantize_detector(
         settings: keys of ``quant`` that replace the recipe's: ``w_bits``, ``a_bits``, ``scope``, ``overrides``.
 
     Raises:
-        BadInputError: the model has no config or is quantized already; unknown recipe or setting.
+        BadInputError: the model has no config or is quantized already; unknown recipe or setting; heads that no
+            task runs in scope 'detector'.
         CalibrationError: no images, a quantizer that saw no data, a zero or non-finite gradient.
     """
     if not hasattr(model, "cfg"):
@@ -44,11 +45,12 @@ def quantize_detector(
         raise BadInputError(f"{type(model).__name__} is quantized already; start from a float config and checkpoint")
     cfg = quantized_config(model.cfg, recipe, settings)
     parsed = Recipe.from_dict(cfg.model.quant)
+    task = detection_task(model, parsed.policy.scope)
     disable_activation_checkpointing(model)
     device = next(model.parameters()).device
     quantize_model(model, parsed.policy)
     model.to(device)  # the new buffers too
-    report = calibrate(model, images, parsed, detection_task(model), seed=seed)
+    report = calibrate(model, images, parsed, task, seed=seed)
     model.cfg = standalone_config(cfg, report.left_float)
     return report
 

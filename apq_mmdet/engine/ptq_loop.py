@@ -26,7 +26,7 @@ from apq_mmdet.engine.quantized_config import standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic
 from apq_mmdet.layers import float_only
-from apq_mmdet.models.distillation import NeckTask, detection_task
+from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.registry import LOOPS
 from apq_mmdet.report import render_table, write_report
 
@@ -74,13 +74,7 @@ class PTQLoop(TestLoop):
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
         self.images = self._calibration_images(runner, num_calib, calib_dir)
-        self.task = detection_task(self.model)
-        if isinstance(self.task, NeckTask) and self.model.recipe.policy.scope == "detector":
-            raise BadInputError(
-                f"scope 'detector' knows how to run the heads of two-stage, dense one-stage (RetinaNet, ATSS, RTMDet), "
-                f"Deformable-DETR-like and mask-transformer detectors of mmdet, not of {type(self.model).__name__}; "
-                f"use scope 'backbone'"
-            )
+        self.task = detection_task(self.model, self.model.recipe.policy.scope)
         self.work_dir = Path(runner.work_dir)
         self.run_description = self._describe_run()
         self.states = None

@@ -32,6 +32,7 @@ from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.importance import CalibrationTask, feature_loss
+from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.losses import bernoulli_kl, categorical_kl, prepare, weighted_mean
 from apq_mmdet.models.set_prediction import MaskTask, QueryTask
 
@@ -48,8 +49,12 @@ class FixedRois(NamedTuple):
     mask_labels: Tensor | None
 
 
-def detection_task(model: nn.Module) -> CalibrationTask:
-    """The task that fits a detector; samples are outputs of a test pipeline (dicts of inputs and data_samples)."""
+def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask:
+    """The task that fits a detector; samples are outputs of a test pipeline (dicts of inputs and data_samples).
+
+    Raises:
+        BadInputError: scope 'detector', and no task runs the heads of such a detector.
+    """
     if (
         isinstance(model, TwoStageDetector)
         and isinstance(model.rpn_head, RPNHead)
@@ -65,6 +70,12 @@ def detection_task(model: nn.Module) -> CalibrationTask:
     ):
         if isinstance(model, detectors) and type(getattr(model, head, None)) in heads:
             return task()
+    if scope == "detector":
+        raise BadInputError(
+            f"scope 'detector' knows how to run the heads of two-stage, dense one-stage (RetinaNet, ATSS, RTMDet), "
+            f"Deformable-DETR-like and mask-transformer detectors of mmdet, not of {type(model).__name__}; "
+            f"use scope 'backbone'"
+        )
     return NeckTask()
 
 
