@@ -1,0 +1,48 @@
+"""Whether images are there, whole, and as large as their annotations say."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from apq_mmdet.errors import BadInputError
+
+
+def check_images(folder: Path, files: Sequence[tuple[str, int, int]], what: str) -> None:
+    """Decode every image.
+
+    Pillow and not OpenCV, which decodes what there is of a truncated image and paints the rest grey.
+
+    Args:
+        folder: of the images.
+        files: name, width and height in pixels of each.
+        what: they are for, in the progress bar.
+
+    Raises:
+        BadInputError: with the path and fault of the first images that cannot be used.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda file: _fault(folder / file[0], file[1:]), files)
+        bar = tqdm(found, total=len(files), desc=f"checking {what}", unit="image")
+        faults = [fault for fault in bar if fault]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise BadInputError(f"{what} cannot be used: {'; '.join(faults[:3])}{more}")
+
+
+def _fault(path: Path, size: tuple[int, int]) -> str | None:
+    """What is wrong with an image, or None."""
+    if not path.is_file():
+        return f"{path} does not exist"
+    try:
+        with Image.open(path) as image:
+            image.load()
+            found = image.size
+    except Exception as error:  # a damaged file makes decoders raise anything
+        return f"{path}: {type(error).__name__}: {error}"
+    return (
+        None if found == size else f"{path} has {found[0]}x{found[1]} pixels, its annotation says {size[0]}x{size[1]}"
+    )
