@@ -182,9 +182,7 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
     "parts of apq_plus": {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
-        "channels as they are": replace(
-            PLUS, options={"model.quant.equalize": 0.0, f"{_FORMATS}.ffn.input.granularity": "tensor"}
-        ),
+        "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
         "channels behind the GELU as they are": _changed(f"{_FORMATS}.ffn.input.granularity", "tensor", PLUS),
         "one step for a head's attention maps": _changed(f"{_ATTENTION}.format", "affine", PLUS),
         "logarithmic attention maps": replace(

@@ -81,6 +81,7 @@ FORMATS = {  # of the attention maps, and of the input behind the GELU
     "repq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
     "adalog": ("adaptive_log, asymmetric", "affine, asymmetric"),
     "isvit": ("shift_log2, asymmetric", "affine, asymmetric"),
+    "apq_plus": ("row_affine, asymmetric", "affine, asymmetric"),
     "erq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
     "qdrop": ("affine, asymmetric", "affine, asymmetric"),
 }
@@ -121,6 +122,7 @@ def test_formats(name):
             dict(observer="quantile"),
             r"quant\.observer: unknown key 'quantile'; known: minmax",
         ),
+        ("apq_plus", dict(search=dict(objectives=None)), r"quant\.search\.objectives: expected dict\(name="),
         (
             "apq_plus",
             dict(search=dict(objectives=dict(heads=dict(type="mse")))),
@@ -181,3 +183,16 @@ def test_a_block_is_searched_by_its_own_objective(monkeypatch):
     report = calibrate(quantized(settings), IMAGES, settings)
     assert kinds == ["cosine" if block.block.endswith(".blocks.1") else "mse" for block in report.blocks]
     assert "cosine" in kinds
+
+
+def test_inputs_that_apq_plus_divides():
+    policy = recipe("apq_plus").policy
+    for name, kind, granularity in (
+        ("backbone.stages.0.blocks.1.ffn.layers.1", "Linear", "channel"),
+        ("backbone.model.layers_0.blocks.1.mlp.fc2", "Linear", "channel"),
+        ("neck.fpn_convs.0.conv", "Conv2d", "channel"),
+        ("roi_head.bbox_head.shared_fcs.0", "Linear", "channel"),
+        ("backbone.stages.0.blocks.1.ffn.layers.0.0", "Linear", "tensor"),
+        ("backbone.patch_embed.projection", "Conv2d", "tensor"),
+    ):
+        assert policy.scheme(name, kind, ("weight", "input"))[0]["input"].granularity == granularity

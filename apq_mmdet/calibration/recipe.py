@@ -73,10 +73,10 @@ class SearchConfig:
             raise BadInputError(f"{where}: windows={config['windows']} needs block_input='float'")
         if "objective" in config:
             config["objective"] = _objective(config["objective"], f"{where}.objective")
-        config["objectives"] = {
-            name: _block_objective(rule, f"{where}.objectives.{name}")
-            for name, rule in dict(config.get("objectives", {})).items()
-        }
+        rules = config.get("objectives", {})
+        if not hasattr(rules, "items"):
+            raise BadInputError(f"{where}.objectives: expected dict(name=dict(pattern=..., type=...)), got {rules!r}")
+        config["objectives"] = {n: _block_objective(rule, f"{where}.objectives.{n}") for n, rule in rules.items()}
         return cls(**config)
 
     def for_block(self, name: str) -> "SearchConfig":
@@ -196,14 +196,16 @@ class Recipe:
 
 
 def _refuse_unfound_factors(policy: Policy, equalize: float) -> None:
-    """An input's channels share one scale up to factors that only an equalization finds."""
-    for origin, rules in (("formats", policy.formats), ("overrides", policy.overrides)):
-        for name, rule in rules.items():
-            if not equalize and (rule.roles.get("input") or {}).get("granularity") == "channel":
-                raise BadInputError(
-                    f"quant.{origin}.{name}.input: granularity 'channel' needs quant.equalize above 0, which finds the "
-                    f"factors between channels"
-                )
+    """An input's channels share one scale up to factors that only an equalization finds.
+
+    Without one, a recipe's own formats mean nothing by it; a user who asks for it is told.
+    """
+    for name, rule in policy.overrides.items():
+        if not equalize and (rule.roles.get("input") or {}).get("granularity") == "channel":
+            raise BadInputError(
+                f"quant.overrides.{name}.input: granularity 'channel' needs quant.equalize above 0, which finds the "
+                f"factors between channels"
+            )
 
 
 def _strength(strength: Any) -> float:

@@ -187,7 +187,7 @@ def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Ex
     def look(key: tuple[nn.Module, str], x: Tensor) -> None:
         if not x.numel():
             return
-        axis = 1 if isinstance(key[0], nn.Conv2d) else -1
+        axis = -3 if isinstance(key[0], nn.Conv2d) else -1
         low, high = x.detach().movedim(axis, -1).flatten(0, -2).aminmax(dim=0)
         if key in seen:
             low, high = torch.minimum(low, seen[key][0]), torch.maximum(high, seen[key][1])

@@ -117,13 +117,20 @@ def _seen_from_detector(quant: dict[str, Any]) -> dict[str, Any]:
     """A backbone's ``quant`` as its detector's: the same scope and the same layers under their longer names."""
     quant = {**quant, "scope": "backbone"}
     for key in ("formats", "overrides"):
-        rules = {name: dict(rule) for name, rule in quant.get(key, {}).items()}
-        for rule in rules.values():
-            pattern = rule.get("pattern", "*")
-            regex = pattern.startswith("re:")
-            rule["pattern"] = f"re:backbone\\.(?:{pattern[3:]})" if regex else f"backbone.{pattern}"
-        quant[key] = rules
+        quant[key] = _prefixed(quant.get(key, {}))
+    if quant.get("search"):
+        quant["search"] = {**quant["search"], "objectives": _prefixed(quant["search"].get("objectives", {}))}
     return quant
+
+
+def _prefixed(rules: dict[str, Any]) -> dict[str, Any]:
+    """Rules whose patterns speak of the same names behind ``backbone.``."""
+    rules = {name: dict(rule) for name, rule in rules.items()}
+    for rule in rules.values():
+        pattern = rule.get("pattern", "*")
+        regex = pattern.startswith("re:")
+        rule["pattern"] = f"re:backbone\\.(?:{pattern[3:]})" if regex else f"backbone.{pattern}"
+    return rules
 
 
 def _evaluators(cfg: Config) -> list[ConfigDict]:

@@ -16,7 +16,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 
     def role_axis(self, role: str) -> tuple[int, int]:
         """See the base class."""
-        return (0, self.out_channels) if role == "weight" else (1, self.in_channels)
+        return (0, self.out_channels) if role == "weight" else (-3, self.in_channels)
 
     @property
     def depth(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers.base import LAYERS, to_quantized
+from apq_mmdet.layers.base import INPUT_FACTORS, LAYERS, to_quantized
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -107,7 +107,8 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
         The layer table, also kept as ``model.quantization_table``.
 
     Raises:
-        BadInputError: an override matches no layer, a granularity does not fit, or no block can be compensated.
+        BadInputError: an override matches no layer, a granularity does not fit, no block can be compensated, or layers
+            whose inputs are divided share a weight.
     """
     part = model.backbone if policy.scope == "backbone" and hasattr(model, "backbone") else model
     for module in list(part.modules()):
@@ -129,11 +130,25 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
             reason = _float_reason(module) if module in inside else f"outside scope {policy.scope!r}"
             reason = "runs in training only" if module in unused else reason
             table.append(_float_row(name, module, "-", reason))
+    _refuse_divided_twice({name: modules[name] for name in targets})
     if not any(row.bits for row in table):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     install_state_hooks(model)
     model.quantization_table = table
     return table
+
+
+def _refuse_divided_twice(layers: dict[str, nn.Module]) -> None:
+    """Layers that share one weight cannot both move factors of their inputs into it."""
+    users: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        if getattr(layer, INPUT_FACTORS, None) is not None:
+            other = users.setdefault(layer.weight, name)
+            if other != name:
+                raise BadInputError(
+                    f"layers {other!r} and {name!r} share one weight, which cannot take up the factors of two inputs: "
+                    f"give their input granularity 'tensor'"
+                )
 
 
 def _training_only(model: nn.Module) -> set[nn.Module]:

@@ -83,8 +83,9 @@ def _before_load(
                 f"incomplete, or of a model that was quantized as a whole where this one is in part"
             )
         for key, value in own.items():
-            if is_added(key):
-                state.setdefault(key, value)
+            if is_added(key):  # float weights have taken up no factors
+                undivided = key.split(".")[-1] == INPUT_FACTORS
+                state.setdefault(key, torch.ones_like(value) if undivided else value)
         return
     version = int(state[prefix + VERSION_KEY])
     if version > FORMAT_VERSION:

@@ -34,7 +34,7 @@ class RowAffineQuantizer(Quantizer):
     of A are codes of its numerators exp(x_ij - max_j x_ij), which never exceed 1, on a step that is known beforehand:
     what integer attention kernels multiply. What rounding takes from a row, mostly from its many small probabilities,
     goes to all of its entries alike. In a product with values that is a rank-one term, A' v = s_i (q v) + r_i mean(v),
-    with r_i from the integer row sums of q.
+    with r_i from the integer row sums of q. Masked entries take part in it: their share of a row's rest is not zero.
 
     Raises:
         ValueError: ``symmetric`` was asked for.
@@ -67,8 +67,8 @@ class RowAffineQuantizer(Quantizer):
 
     def row_steps(self, x: Tensor) -> Tensor:
         """The step s_i of each row of ``x`` [..., N, M], in the dtype of ``x``: [..., N, 1]."""
-        largest = x.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        return self.per_element(self.scale, x).to(x.dtype) * largest
+        steps = self.per_element(self.scale, x).to(x.dtype) * x.detach().amax(-1, keepdim=True)
+        return steps.clamp_min(torch.finfo(x.dtype).tiny)  # a row of zeros
 
     def encode(self, x: Tensor) -> Tensor:
         """See the base class."""

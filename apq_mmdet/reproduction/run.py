@@ -1,8 +1,11 @@
 """Running one detector or row: its command line, its process, its log, and the result that is left of it."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -101,8 +104,8 @@ def run_logged(line: Sequence[str], log: Path) -> None:
     with log.open("ab") as file:
         file.write(f"\n$ {' '.join(line)}\n".encode())
         file.flush()
-        # inherits the lock of the work dir, see lock.py
-        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, close_fds=False)
+        # inherits the lock of the work dir, see lock.py; leads a group, which holds all that it starts
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, close_fds=False, start_new_session=True)
         try:
             code = process.wait()
         finally:
@@ -115,13 +118,14 @@ def run_logged(line: Sequence[str], log: Path) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
+    """End a process, gently at first, and what is left of its group: workers of data loaders outlive their parent."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def tail(log: Path) -> str:

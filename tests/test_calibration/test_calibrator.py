@@ -162,41 +162,6 @@ def test_a_useless_gradient_is_refused(task, message):
         calibrate(quantized_swin(settings), IMAGES, settings, task)
 
 
-class Branching(nn.Module):
-    """The second layer only sees wide inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.first(x)
-        return self.second(y) if len(x) > 3 else y
-
-
-def test_a_quantizer_without_data_is_an_error_with_its_name():
-    settings = recipe("minmax")
-    model = Branching()
-    quantize_model(model, settings.policy)
-    with pytest.raises(CalibrationError, match=r"second \(input\).*on_unseen='float'"):
-        calibrate(model, [torch.randn(2, 4)], settings)
-
-
-@pytest.mark.parametrize("name", ["minmax", "apq"])
-def test_or_is_left_float_if_asked(name):
-    settings = recipe(name, on_unseen="float")
-    model = Branching()
-    quantize_model(model, settings.policy)
-    report = calibrate(model, [torch.randn(2, 4)], settings)
-    assert report.left_float == ["second"]
-    assert {row.reason for row in model.quantization_table if row.layer == "second"} == {
-        "no calibration data reached it"
-    }
-    x = torch.randn(5, 4)
-    with torch.no_grad():
-        assert torch.equal(model(x), nn.functional.linear(model.first(x), model.second.weight, model.second.bias))
-
-
 def test_a_grid_below_what_a_format_allows_is_refused():
     settings = recipe("apq", search=dict(grids=dict(MatMul=(0.5, 0.8, 4))))
     with pytest.raises(BadInputError, match=r"grids\.MatMul .* at least 0\.9.*attention"):
@@ -268,49 +233,6 @@ def test_training_mode_and_gradients_are_restored():
     calibrate(model, IMAGES[:1], settings)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
-
-
-class Wide(nn.Module):
-    """One block whose second layer runs for wide inputs only, not on the first image."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.a(x)
-        return self.b(y) if len(x) > 3 else y
-
-
-@pytest.mark.parametrize("name", ["apq", "apq_fast"])
-def test_a_layer_that_some_calls_skip_is_searched(name, monkeypatch):
-    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Wide])
-    settings = recipe(name, search=dict(grids=short_grids(4)))
-    model = Wide()
-    quantize_model(model, settings.policy)
-    report = calibrate(model, [torch.randn(n, 4) for n in (2, 6, 2)], settings)
-    assert set(report.blocks[0].factors) == {"a.weight", "a.input", "b.weight", "b.input"}
-
-
-class Dead(nn.Module):
-    """A block whose layer never runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return x * 2
-
-
-def test_a_block_whose_layers_were_left_float_is_passed_over(monkeypatch):
-    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Dead])
-    settings = recipe("apq", search=dict(grids=short_grids(4)), on_unseen="float")
-    model = nn.Sequential(nn.Linear(4, 4), Dead(), nn.Linear(4, 4))
-    quantize_model(model, settings.policy)
-    report = calibrate(model, [torch.randn(3, 4)], settings)
-    assert report.left_float == ["1.layer"]
-    assert [block.block for block in report.blocks] == ["0", "2"]
 
 
 class InPlaceSkip(nn.Module):

@@ -20,7 +20,7 @@ from apq_mmdet.calibration.compensation import (
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units
-from apq_mmdet.errors import BadInputError, CalibrationError
+from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
@@ -395,31 +395,3 @@ def test_a_swin_block_gets_better_on_new_data_too(index):
     assert compensated[1] < 0.9 * searched[1]
     for part in (CompensationConfig(rounding=False), CompensationConfig(activations=False)):
         assert block_errors(index, part)[0] < searched[0]
-
-
-# -- config -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (True, r"quant\.compensation: expected dict"),
-        (dict(range=3), "did you mean 'ranges'"),
-        (dict(activations=1), r"quant\.compensation\.activations: expected True or False, got 1"),
-        (dict(rounding="yes"), r"quant\.compensation\.rounding: expected True or False"),
-        (dict(weighted=None), r"quant\.compensation\.weighted: expected True or False"),
-        (dict(ranges=-1), r"quant\.compensation\.ranges: expected 0 or a whole number >= 2, got -1"),
-        (dict(ranges=1), r"quant\.compensation\.ranges: .*got 1"),
-        (dict(ranges=True), r"quant\.compensation\.ranges: .*got True"),
-        (dict(damping=0), r"quant\.compensation\.damping: expected a number above 0, got 0"),
-        (dict(damping=float("nan")), r"quant\.compensation\.damping"),
-    ],
-)
-def test_bad_values_are_named(config, message):
-    with pytest.raises(BadInputError, match=message):
-        CompensationConfig.from_dict(config, "quant.compensation")
-
-
-def test_good_values_are_taken():
-    assert CompensationConfig.from_dict({}, "c") == CompensationConfig()
-    assert CompensationConfig.from_dict(dict(ranges=0, damping=1), "c") == CompensationConfig(ranges=0, damping=1)

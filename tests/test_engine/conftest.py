@@ -1,11 +1,13 @@
-"""A drawn data set of a few images and a config of the demo detector on it."""
+"""Drawn data sets of a few images, a config of the demo detector on one, and classifiers trained on the other."""
 
+import argparse
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import CHECKPOINT, ROOT
+from small_classifiers import MODELS, train, write_class_folders
 
 from apq_mmdet.datasets import write_demo_set
 
@@ -41,3 +43,21 @@ def copied_data(data, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint() -> dict:
     return torch.load(CHECKPOINT, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """``train`` and ``val``, each with a folder for every class."""
+    root = tmp_path_factory.mktemp("class_folders")
+    write_class_folders(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def classifiers(folders) -> dict[str, Path]:
+    """A trained checkpoint of each small classifier."""
+    paths = {}
+    for name in MODELS:
+        paths[name] = folders / f"{name}.pth"
+        torch.save({"state_dict": train(name, folders), "args": argparse.Namespace(lr=1e-3)}, paths[name])
+    return paths

@@ -11,9 +11,10 @@ import mmdet
 import pytest
 import torch
 from helpers import CHECKPOINT, ROOT
+from mmengine.config import Config
 
 from apq_mmdet.engine import command
-from apq_mmdet.engine.quantized_config import COCO_ITEMS
+from apq_mmdet.engine.quantized_config import COCO_ITEMS, load_recipe, quantized_config
 
 TEST_TOOL = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
 QUICK = ["--recipe", "apq_fast", "--w-bits", "4", "--a-bits", "4", "--num-calib", "2", "--device", "cpu"]
@@ -268,6 +269,17 @@ def test_a_backbones_own_quant_is_the_recipe(config, tmp_path):
     rows = json.loads((tmp_path / "w" / "report.json").read_text())["layers"]
     assert {r["bits"] for r in rows if r["layer"].startswith("backbone.stages.0.blocks")} == {None}
     assert {r["layer"].split(".")[0] for r in rows if r["bits"]} == {"backbone"}
+
+
+def test_rules_of_a_backbones_own_quant_speak_of_its_layers():
+    rules = dict(first=dict(pattern="stages.0.*", type="mse"), last=dict(pattern=r"re:stages\.3\..*", type="mse"))
+    quant = dict(load_recipe("apq"), overrides=dict(mine=dict(pattern="stages.1.*", bits=8)))
+    quant["search"]["objectives"] = rules
+    cfg = Config(dict(model=dict(type="MaskRCNN", backbone=dict(type="apq_mmdet.SwinTransformer", quant=quant))))
+    made = quantized_config(cfg, None, {}).model.quant
+    assert made.overrides.mine.pattern == "backbone.stages.1.*"
+    assert made.search.objectives.first.pattern == "backbone.stages.0.*"
+    assert made.search.objectives["last"].pattern == r"re:backbone\.(?:stages\.3\..*)"
 
 
 def test_detectors_whose_heads_cannot_be_run_refuse_scope_detector(config, tmp_path, capsys):

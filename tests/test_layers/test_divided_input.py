@@ -113,8 +113,38 @@ def test_a_layer_behind_a_norm_is_made_even_once():
 
 
 def test_factors_that_nothing_finds_are_refused():
-    with pytest.raises(BadInputError, match=r"quant\.formats\.ffn\.input: granularity 'channel' needs quant\.equalize"):
-        plus(equalize=0.0)
+    mine = dict(kind="Linear", input=dict(granularity="channel"))
+    with pytest.raises(BadInputError, match=r"quant\.overrides\.mine\.input: .* needs quant\.equalize"):
+        plus(equalize=0.0, overrides=dict(mine=mine))
+
+
+def test_float_weights_need_no_factors_of_before():
+    model = build_swin()
+    float_state = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(1, 3, 37, 50)
+    with torch.no_grad():
+        want = model(x)
+    quantize_model(model, plus().policy)
+    calibrate(model, [x], plus())
+    model.load_state_dict(float_state)
+    with torch.no_grad(), float_only(model):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(model(x), want, strict=True))
+
+
+def test_one_weight_cannot_take_up_the_factors_of_two_layers():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    rule = dict(input=dict(granularity="channel"))
+    with pytest.raises(BadInputError, match=r"layers '0' and '1' share one weight"):
+        quantize_model(model, Policy.from_dict(dict(overrides=dict(all=rule))))
+
+
+def test_a_convolution_of_a_single_image():
+    model = divided(LAYERS["conv"][0])
+    InputRescaling("input", model[0]).divide(UNEVEN)
+    x = torch.randn(6, 5, 7)
+    with float_only(model):
+        assert torch.allclose(model(x), model(x[None])[0], atol=1e-6)
 
 
 def test_transposed_convolutions_have_no_such_factors():

@@ -78,6 +78,14 @@ def test_gradient_is_straight_through_and_blind_to_a_rows_sum():
     assert a.grad.tolist() == [[0.0, -1.0, -1.0, -1.0]]
 
 
+def test_a_row_of_zeros_is_spread_evenly_even_where_tiny_numbers_are_flushed():
+    torch.set_flush_denormal(True)
+    try:
+        assert calibrated(4)(torch.zeros(2, 4)).tolist() == [[0.25] * 4] * 2
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_refuses_what_is_no_attention_map():
     with pytest.raises(ValueError, match="symmetric"):
         RowAffineQuantizer(4, symmetric=True)

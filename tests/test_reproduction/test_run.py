@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -84,6 +85,20 @@ def test_an_interrupt_ends_the_process(tmp_path):
         run_logged(python(code), tmp_path / "log.txt")
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_an_interrupt_ends_what_the_process_started(tmp_path):
+    there = tmp_path / "there"
+    code = f"import os, time; child = os.fork(); child or open('{there}', 'w').write('yes'); time.sleep(60)"
+    threading.Thread(target=interrupt_when_there, args=(there,), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        run_logged(python(code), tmp_path / "log.txt")
+    for _ in range(500):  # a killed process gives its files back a moment later
+        with contextlib.suppress(BadInputError), locked(tmp_path):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the child of the process still holds the lock")
 
 
 def interrupt_when_there(pid):

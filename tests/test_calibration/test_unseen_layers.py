@@ -1,0 +1,76 @@
+"""Layers that no calibration data reaches, or not that of every image."""
+
+import pytest
+import torch
+from helpers import recipe, short_grids
+from torch import nn
+
+from apq_mmdet.calibration import calibrate
+from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers import quantize_model
+
+
+class Branching(nn.Module):
+    """The second layer only sees wide inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y) if len(x) > 3 else y
+
+
+def test_a_quantizer_without_data_is_an_error_with_its_name():
+    settings = recipe("minmax")
+    model = Branching()
+    quantize_model(model, settings.policy)
+    with pytest.raises(CalibrationError, match=r"second \(input\).*on_unseen='float'"):
+        calibrate(model, [torch.randn(2, 4)], settings)
+
+
+@pytest.mark.parametrize("name", ["minmax", "apq"])
+def test_or_is_left_float_if_asked(name):
+    settings = recipe(name, on_unseen="float")
+    model = Branching()
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(2, 4)], settings)
+    assert report.left_float == ["second"]
+    assert {row.reason for row in model.quantization_table if row.layer == "second"} == {
+        "no calibration data reached it"
+    }
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(model(x), nn.functional.linear(model.first(x), model.second.weight, model.second.bias))
+
+
+@pytest.mark.parametrize("name", ["apq", "apq_fast"])
+def test_a_layer_that_some_calls_skip_is_searched(name, monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Branching])
+    settings = recipe(name, search=dict(grids=short_grids(4)))
+    model = Branching()
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(n, 4) for n in (2, 6, 2)], settings)
+    assert set(report.blocks[0].factors) == {"first.weight", "first.input", "second.weight", "second.input"}
+
+
+class Dead(nn.Module):
+    """A block whose layer never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x * 2
+
+
+def test_a_block_whose_layers_were_left_float_is_passed_over(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Dead])
+    settings = recipe("apq", search=dict(grids=short_grids(4)), on_unseen="float")
+    model = nn.Sequential(nn.Linear(4, 4), Dead(), nn.Linear(4, 4))
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(3, 4)], settings)
+    assert report.left_float == ["1.layer"]
+    assert [block.block for block in report.blocks] == ["0", "2"]

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
+from apq_mmdet.engine.classification import make_transform
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path)
+
+
+def test_folders_are_read_as_torchvision_reads_them(tmp_path):
+    from torchvision.datasets import ImageFolder as Torchvisions
+
+    root = tmp_path / "root"
+    touch(*(root / name for name in ("b10/1.png", "b10/z/2.JPEG", "b10/a/3.jpg", "b9/10.png", "b9/9.png", "B/x.bmp")))
+    (root / "b9" / "notes.txt").write_text("no image")
+    (root / "linked").symlink_to(root / "b9")
+    own, other = ImageFolder(root, lambda image: image), Torchvisions(str(root))
+    assert own.classes == other.classes == ["B", "b10", "b9", "linked"]
+    assert own.samples == other.samples
+    assert own[0][0].size == (6, 4)
+
+
+def test_a_class_list_gives_the_order(tmp_path):
+    touch(tmp_path / "root" / "a" / "1.png", tmp_path / "root" / "c" / "1.png")
+    (tmp_path / "classes.txt").write_text("c\n\nb\na\n")
+    classes = read_class_list(tmp_path / "classes.txt")
+    images = ImageFolder(tmp_path / "root", lambda image: image, classes)
+    assert images.classes == ["c", "b", "a"]
+    assert [label for _, label in images.samples] == [2, 0]
+
+
+def test_calibration_images_are_drawn_from_subfolders_too(tmp_path):
+    touch(*(tmp_path / name / f"{index}.png" for name in "abcd" for index in range(10)))
+    transform = make_transform({"input_size": (3, 32, 32), "crop_pct": 1.0})
+    images = FolderImages(tmp_path, 5, 0, transform)
+    assert images[0].shape == (1, 3, 32, 32)
+    assert len({Path(name).parent.name for name in images.ids}) > 1
+    assert images.ids == FolderImages(tmp_path, 5, 0, transform).ids
+    assert images.ids != FolderImages(tmp_path, 5, 1, transform).ids
+
+
+def test_an_image_that_breaks_off_names_itself(tmp_path):
+    path = tmp_path / "root" / "a" / "1.jpg"
+    touch(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    images = ImageFolder(tmp_path / "root", lambda image: image)
+    with pytest.raises(RuntimeError, match=r"1\.jpg cannot be decoded"):
+        images[0]
