@@ -140,7 +140,7 @@ def _rank(spec: Spec) -> tuple[int, ...]:
 # -- ablations: single changes of one run ---------------------------------------------------------------------
 
 BASE = Spec(detector="mask-rcnn", scope="backbone", bits="W4A4", recipe="apq_fast")
-PLUS = replace(BASE, bits="W2A4", recipe="apq_plus")  # at these bits its parts tell
+PLUS = replace(BASE, bits="W3A3", recipe="apq_plus")  # at these bits its parts tell
 _SEARCH, _FORMATS = "model.quant.search", "model.quant.formats"
 _ATTENTION = f"{_FORMATS}.products.attention"
 
