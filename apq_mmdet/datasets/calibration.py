@@ -61,14 +61,19 @@ class CalibrationImages(Sequence):
             except Exception as error:
                 raise BadInputError(f"calibration image {path} cannot be read: {error}") from error
 
-    def refuse_overlap(self, evaluated: Sequence[str]) -> None:
-        """Raise BadInputError if an image is among the ``evaluated`` paths: AP would be measured on seen images."""
+    def overlap(self, evaluated: Sequence[str], allowed: bool = False) -> int:
+        """How many images are among the ``evaluated`` paths; AP is then measured on seen images.
+
+        Raises:
+            BadInputError: there are some, and that is not ``allowed``.
+        """
         shared = {os.path.realpath(p) for p in self.paths} & {os.path.realpath(p) for p in evaluated}
-        if shared:
+        if shared and not allowed:
             raise BadInputError(
                 f"{len(shared)} of {len(self)} calibration images are evaluated images, e.g. {min(shared)}; "
                 f"calibrate on training images or on another folder"
             )
+        return len(shared)
 
 
 def _innermost(dataset: dict[str, Any]) -> dict[str, Any]:

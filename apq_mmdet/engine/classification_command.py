@@ -157,7 +157,7 @@ class ClassificationRun:
                 f"{where} has {len(images.classes)} classes, {self.args.model} has {self.model.num_classes}; folders "
                 f"of some of the classes need --class-list, another model --model-args num_classes=N"
             )
-        self.images.refuse_overlap([path for path, _ in images.samples])
+        self.images.overlap([path for path, _ in images.samples])
         return images
 
     def _describe(self) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--dry-run", action="store_true", help="check everything, print what would be done and its cost, and stop")
     add("--resume", action="store_true", help="go on with a killed run of the same command")
+    add("--allow-overlap", action="store_true", help="calibrate on evaluated images: AP is then that of seen images")
     add("--no-eval", action="store_true", help="do not measure the quantized model")
     add("--eval-float", action="store_true", help="measure the float model too")
     return parser
@@ -121,6 +122,7 @@ def build_config(args: argparse.Namespace) -> Config:
         resume=args.resume,
         memory_budget=int(args.memory_budget * 2**30),
         dry_run=args.dry_run,
+        allow_overlap=args.allow_overlap,
     )
 
 

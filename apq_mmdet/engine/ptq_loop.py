@@ -48,6 +48,7 @@ class PTQLoop(TestLoop):
         resume: go on with a killed calibration.
         memory_budget: bytes that calibration may take above the model's own; what does not fit goes to the work dir.
         dry_run: make all checks, print the plan, and do nothing of it.
+        allow_overlap: calibrate on evaluated images where they are asked for; the report says how many.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class PTQLoop(TestLoop):
         resume: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         dry_run: bool = False,
+        allow_overlap: bool = False,
         fp16: bool = False,
     ) -> None:
         self._runner = runner
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self.seed, self.evaluate, self.eval_float = seed, evaluate, eval_float
         self.checkpoint, self.memory_budget, self.dry_run = checkpoint, memory_budget, dry_run
+        self.allow_overlap, self.seen = allow_overlap, 0
         self.float_meta = load_float_weights(self.model, checkpoint)
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
@@ -108,7 +111,7 @@ class PTQLoop(TestLoop):
             missing = next((p for p in evaluated if not Path(p).is_file()), None)
             if missing:
                 raise BadInputError(f"evaluation image {missing} does not exist")
-            images.refuse_overlap(evaluated)
+            self.seen = images.overlap(evaluated, self.allow_overlap)
         return images
 
     def _describe_run(self) -> dict[str, Any]:
@@ -215,6 +218,7 @@ class PTQLoop(TestLoop):
             "calibration_seconds": seconds,
             "blocks": [vars(block) for block in report.blocks],
             "left_float": report.left_float,
+            "evaluated_calibration_images": self.seen,
             "sizes": {
                 "float_checkpoint_bytes": Path(self.checkpoint).stat().st_size,
                 "quantized_checkpoint_bytes": (self.work_dir / "quantized.pth").stat().st_size,

@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="check everything, print the plan with its cost, and stop")
     add("--not-coco", action="store_true", help="accept other data, for a trial; nothing of it is compared")
     add("--allow-float-gap", action="store_true", help="go on where float AP is not within 0.1 of its reference")
+    add("--allow-overlap", action="store_true", help="calibrate on evaluated images where the data holds them twice")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: several processes for each row")
     add("--nproc-per-node", type=int, metavar="N", help="number of these processes (default: one a GPU)")
@@ -79,6 +80,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         work_dir=args.work_dir.resolve(),
         not_coco=args.not_coco,
         allow_float_gap=args.allow_float_gap,
+        allow_overlap=args.allow_overlap,
         download=args.download,
         device=args.device,
         processes=processes,

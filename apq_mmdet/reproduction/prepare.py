@@ -87,7 +87,7 @@ def examine(selection: Selection, settings: Settings) -> Examined:
     names = {Path(path).name for _, path in used}
     check_images(settings.data_root / TRAIN, [file for file in train.files if file[0] in names], "calibration images")
     evaluated = [str(settings.data_root / VAL / name) for name, *_ in val.files]
-    CalibrationImages(used, []).refuse_overlap(evaluated)
+    CalibrationImages(used, []).overlap(evaluated, settings.allow_overlap)
     conditions = _conditions(selection, digests, files, data)
     return Examined(data, evaluated[0], files, images, conditions)
 

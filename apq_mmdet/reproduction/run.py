@@ -23,7 +23,10 @@ from apq_mmdet.reproduction.settings import Settings
 QUANTIZE = [str(ROOT / "tools" / "quantize_det.py")]
 FLOAT_AP = ["-m", "apq_mmdet.reproduction.float_ap"]
 RESULT, CONDITIONS, LOG = "result.json", "conditions.json", "log.txt"
-KEPT = ("versions", "device", "threads", "seconds", "calibration_seconds", "peak_memory", "sizes")  # of a report
+KEPT = (  # of a report
+    *("versions", "device", "threads", "seconds", "calibration_seconds", "peak_memory", "sizes"),
+    "evaluated_calibration_images",
+)
 FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing file")  # what Python and torch say of it
 TAIL = 15  # lines of a log that a failure shows
 GRACE = 30  # seconds that an interrupted process has to end by itself
@@ -47,6 +50,7 @@ def command_line(item: Detector | Row, checkpoint: Checkpoint, settings: Setting
     if isinstance(item, Row):
         line += ["--num-calib", str(item.num_calib), "--seed", str(item.seed)]
         line += ["--memory-budget", str(settings.memory_budget), "--resume"]
+        line += ["--allow-overlap"] if settings.allow_overlap else []
     line += ["--launcher", "pytorch"] if settings.processes else []
     line += ["--device", settings.device] if settings.device else []
     return line

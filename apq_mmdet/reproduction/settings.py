@@ -14,6 +14,7 @@ class Settings:
         work_dir: folder of the table and of every row's results.
         not_coco: accept other data than COCO 2017, and say so.
         allow_float_gap: quantize a float detector that is not at its reference.
+        allow_overlap: calibrate on evaluated images.
         download: fetch checkpoints that are not there.
         device: cpu, cuda or cuda:N; None for CUDA where there is one.
         processes: that torchrun starts for each row; None runs rows without it.
@@ -25,6 +26,7 @@ class Settings:
     work_dir: Path
     not_coco: bool = False
     allow_float_gap: bool = False
+    allow_overlap: bool = False
     download: bool = False
     device: str | None = None
     processes: int | None = None

@@ -113,6 +113,10 @@ def _notes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         form = "; converted into mmdet 3's keys" if weights["converted"] else ""
         yield f"* weights of {name}: {weights['file']}, sha256 {weights['sha256']} ({checked}){form}"
     yield f"* calibration images of a row: `{IDS}` in its folder"
+    for row in rows:
+        if row.get("evaluated_calibration_images"):
+            number = row["evaluated_calibration_images"]
+            yield f"* {row['name']}: {number} calibration images are evaluated ones, so its AP is that of seen images"
 
 
 def _others(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -309,6 +309,13 @@ def test_calibrating_on_evaluated_images_is_refused(config, data, tmp_path, caps
     assert "calibration images are evaluated images" in capsys.readouterr().err
 
 
+def test_calibrating_on_evaluated_images_when_asked_for_is_reported(config, data, result, tmp_path):
+    assert quantize(config, tmp_path, "--calib-dir", data / "val", "--allow-overlap") == 0
+    seen = [json.loads((d / "report.json").read_text())["evaluated_calibration_images"] for d in (tmp_path, result)]
+    assert seen[0] > 0
+    assert seen[1] == 0
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_damaged_and_missing_images(config, copied_data, tmp_path, capsys, split):
     for path in (copied_data / split).iterdir():

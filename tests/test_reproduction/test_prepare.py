@@ -82,6 +82,7 @@ def test_training_images_that_are_evaluated_images(four_bits, settings):
     train.symlink_to(settings.data_root / VAL)
     with pytest.raises(BadInputError, match="2 of 2 calibration images are evaluated images"):
         examine(four_bits, settings)
+    examine(four_bits, replace(settings, allow_overlap=True))
 
 
 def test_other_data_is_refused(four_bits, settings):
