@@ -1,9 +1,12 @@
 """Small models and recipes that the tests share."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmdet.models.backbones import SwinTransformer
-from torch import nn
+from torch import distributed, nn
 
 from apq_mmdet import models  # noqa: F401  (registers mmdet's layers)
 from apq_mmdet.calibration import Recipe
@@ -43,3 +46,12 @@ def short_grids(number: int = 8) -> dict:
     """Fewer candidates for tests."""
     grid = (0.5, 1.1, number)
     return {"Linear": grid, "Conv2d": grid, "ConvTranspose2d": grid, "MatMul": (0.9, 1.2, number)}
+
+
+@contextmanager
+def process_group(rank: int, processes: int, port: int) -> Iterator[None]:
+    """One of several processes that talk through gloo, whose threads can abort a process that exits before them."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    yield
+    distributed.destroy_process_group()

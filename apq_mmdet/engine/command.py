@@ -170,6 +170,15 @@ def prepare_launcher(cfg: Config) -> None:
     cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
 
 
+def leave_launcher(cfg: Config) -> None:
+    """End the process group, whose threads can abort a process that exits before them.
+
+    For the end of a success. Where another process has died, this one has a message and an exit code of its own.
+    """
+    if cfg.launcher != "none":
+        torch.distributed.destroy_process_group()
+
+
 def build_runner(cfg: Config) -> Runner:
     """The Runner with the quantized model.
 
@@ -191,7 +200,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     choose_device(args.device)
     cfg = build_config(args)
     prepare_launcher(cfg)
-    return build_runner(cfg).test()
+    metrics = build_runner(cfg).test()
+    leave_launcher(cfg)
+    return metrics
 
 
 def main(argv: list[str] | None = None) -> int:

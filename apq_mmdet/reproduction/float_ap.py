@@ -16,7 +16,7 @@ from mmengine.model import is_model_wrapper
 
 import apq_mmdet
 from apq_mmdet.engine.checkpoint import load_float_weights
-from apq_mmdet.engine.command import build_runner, choose_device, prepare_launcher
+from apq_mmdet.engine.command import build_runner, choose_device, leave_launcher, prepare_launcher
 from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.engine.quantized_config import read_config
 from apq_mmdet.files import write_json
@@ -58,6 +58,7 @@ def measure(args: argparse.Namespace) -> None:
     }
     if is_main_process():
         write_json(args.work_dir / "report.json", report)
+    leave_launcher(cfg)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import build_swin, recipe, short_grids
-from torch import distributed
+from helpers import build_swin, process_group, recipe, short_grids
 
 from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.distributed import SHARD, by_shard, own_images
@@ -27,15 +26,10 @@ def calibrated(name: str) -> dict[str, torch.Tensor]:
     return packed_state_dict(model)
 
 
-def join(rank: int, processes: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=processes)
-
-
 def work(rank: int, processes: int, port: int, folder: str) -> None:
-    join(rank, processes, port)
-    images = own_images(IMAGES)
-    torch.save([images, {name: calibrated(name) for name in RECIPES}], f"{folder}/{rank}.pth")
+    with process_group(rank, processes, port):
+        images = own_images(IMAGES)
+        torch.save([images, {name: calibrated(name) for name in RECIPES}], f"{folder}/{rank}.pth")
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +49,12 @@ def test_any_number_of_processes_gives_the_same_bits(processes, alone, tmp_path,
 
 
 def die(rank: int, processes: int, port: int, folder: str) -> None:
-    join(rank, processes, port)
-    if rank == 1:
-        os._exit(1)
-    with pytest.raises(CalibrationError, match=r"another process of this calibration has died.*--resume"):
-        calibrated("apq")
-    open(f"{folder}/told", "w").close()
+    with process_group(rank, processes, port):
+        if rank == 1:
+            os._exit(1)
+        with pytest.raises(CalibrationError, match=r"another process of this calibration has died.*--resume"):
+            calibrated("apq")
+        open(f"{folder}/told", "w").close()
 
 
 def test_a_dead_process_ends_the_others_with_a_message(tmp_path, free_port):
@@ -75,10 +69,10 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path, free_port):
 
 
 def deal(rank: int, processes: int, port: int, folder: str) -> None:
-    join(rank, processes, port)
     values = {1: 10, 2: 20, 3: None, 4: 40, 6: 60}
     own = ((shard, value) for shard, value in values.items() if shard % processes == rank)
-    torch.save(list(by_shard(own)), f"{folder}/{rank}.pth")
+    with process_group(rank, processes, port):
+        torch.save(list(by_shard(own)), f"{folder}/{rank}.pth")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,12 +1,11 @@
 import copy
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import build_swin, recipe
-from torch import distributed, nn
+from helpers import build_swin, process_group, recipe
+from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.reconstruction import WEIGHTINGS, ReconstructionConfig, reconstruct
@@ -334,15 +333,14 @@ def test_settings_are_taken():
 
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     """One of several processes; each has calls of its own, the last one has none."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=processes)
     torch.set_num_threads(1)
 
     def own():
         view, calls = swin_block()
         return view, as_calls([call for call in calls if rank < processes - 1 and call.image % (processes - 1) == rank])
 
-    torch.save(state_after(QUICK, 0, own), f"{folder}/{rank}.pth")
+    with process_group(rank, processes, port):
+        torch.save(state_after(QUICK, 0, own), f"{folder}/{rank}.pth")
 
 
 def test_all_processes_end_alike(tmp_path, free_port):

@@ -1,12 +1,10 @@
-import os
-
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import build_swin, recipe
+from helpers import build_swin, process_group, recipe
 from mmdet.models.backbones.swin import SwinBlock
 from mmdet.models.layers import PatchMerging
-from torch import distributed, nn
+from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
 from apq_mmdet.calibration.distributed import own_images
@@ -174,10 +172,9 @@ def equalized(own=None):
 
 
 def work(rank, processes, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=processes)
-    torch.save([t.detach() for t in equalized(own_images(IMAGES))], f"{folder}/{rank}.pth")
+    with process_group(rank, processes, port):
+        torch.save([t.detach() for t in equalized(own_images(IMAGES))], f"{folder}/{rank}.pth")
 
 
 def test_any_number_of_processes_gives_the_same_bits(tmp_path, free_port):
