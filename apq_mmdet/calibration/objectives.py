@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apq_mmdet.registry import OBJECTIVES
@@ -22,7 +23,12 @@ class Objective(ABC):
     Args:
         eliminate: share p in 0..1 of the elements to leave out.
         eliminate_by: rank by |e| ('error'), |g| ('gradient') or |g e| ('weighted').
+
+    Attributes:
+        uses_gradients: whether elements of small gradient cost little.
     """
+
+    uses_gradients = False
 
     def __init__(self, eliminate: float = 0.0, eliminate_by: str = "error") -> None:
         if not 0.0 <= eliminate < 1.0:
@@ -44,15 +50,25 @@ class Objective(ABC):
         """
         if dropped >= error.numel():
             return torch.zeros((), dtype=torch.float64, device=error.device)
-        cost = self.cost(error, grad, target)
         if dropped:
-            rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
-            cost.mul_(rank >= order_statistic(rank, dropped))
-        return cost.sum(dtype=torch.float64)
+            error = self._without_dropped(error, grad, dropped)
+        # a unit's sum in float32, which is pairwise: torch sums millions of elements in float64 thirty times as slowly
+        return self.cost(error, grad, target).sum(-1).sum(dtype=torch.float64)
+
+    def _without_dropped(self, error: Tensor, grad: Tensor, dropped: int) -> Tensor:
+        """The error with zeros where an element is left out, [units, elements]."""
+        if self.eliminate_by == "error" and error.device.type == "cpu":  # one pass, a tenth of a mask's time
+            below = np.nextafter(order_statistic(error.abs(), dropped).numpy(), np.float32(0))
+            return F.hardshrink(error, float(below))  # zero where |e| <= below
+        rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
+        return error * (rank >= order_statistic(rank, dropped))
 
     @abstractmethod
     def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
-        """Non-negative cost of each element, a new tensor; all [units, elements]. Costs of whole units: [units]."""
+        """Non-negative cost of each element, a new tensor; all [units, elements]. Costs of whole units: [units, 1].
+
+        Zero where the error is zero, which is how elements are left out.
+        """
 
 
 def build_objective(config: dict[str, Any]) -> Objective:
@@ -79,6 +95,8 @@ def order_statistic(values: Tensor, index: int) -> Tensor:
 @OBJECTIVES.register_module(name="hessian")
 class HessianObjective(Objective):
     """``(g e)^2``: the diagonal Fisher approximation of the loss increase (PTQ4ViT, ECCV 2022)."""
+
+    uses_gradients = True
 
     def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
         """See the base class."""
@@ -109,4 +127,4 @@ class CosineObjective(Objective):
 
     def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
         """See the base class."""
-        return (1 - torch.cosine_similarity(target + error, target, dim=1)).clamp_min_(0)
+        return (1 - torch.cosine_similarity(target + error, target, dim=1)).clamp_min_(0).unsqueeze(1)

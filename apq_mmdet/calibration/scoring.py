@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.blocks import tensors_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective
-from apq_mmdet.calibration.replay import reuse_prefix
+from apq_mmdet.calibration.tape import Replays
 from apq_mmdet.calibration.units import Batch, UnitCall, batches, rows_of
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer
 
-SCREENS = (0.02, 0.1, 0.3)  # shares of a call's units, the most important ones, on which the candidates are screened
+SCREENS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # shares of a call's units on which candidates can be screened
+PROBE = 0.02  # share of the units on which they are compared at first
 TOGETHER = 8  # candidates that are evaluated in full before the others are compared with the best so far
-WORTHWHILE = 0.6  # a screening that leaves more than this share of the candidates costs more than it spares
+WORTHWHILE = 0.9  # a screen that is expected to spare less than a tenth of the work is left out
 ROUNDING = 1e-3  # relative; sums over differently cut tiles differ by far less
 BUFFER_ELEMENTS = 2**26  # of the errors that are held at once, 256 MiB
 
@@ -45,14 +46,13 @@ def candidate_errors(
     """
     quantizer = layer.quantizers[role]
     parameters = [quantizer.parameters_for(*quantizer.observed, *candidate) for candidate in candidates]
+    replays = Replays(module, quantizer)
     columns: list[tuple[int, Tensor]] = []
     for batch in batches(calls):
         if len(batch.calls) == 1 and not objective.eliminate:
-            errors = _summed_by_tile(module, batch, layer, role, parameters, objective)
+            errors = _summed_by_tile(replays, batch, parameters, objective)
         else:
-            together = max(1, BUFFER_ELEMENTS // batch.stacked.targets.numel())
-            chunks = (parameters[start : start + together] for start in range(0, len(parameters), together))
-            errors = torch.cat([_batch_errors(module, batch, layer, role, c, objective) for c in chunks])
+            errors = _batch_errors(replays, batch, parameters, objective)
         columns += zip((call.image for call in batch.calls), errors.unbind(1), strict=True)
     return columns
 
@@ -67,44 +67,44 @@ def sum_by_image(columns: list[tuple[int, Tensor]], candidates: int) -> Tensor:
 
 
 def _summed_by_tile(
-    module: nn.Module,
-    batch: Batch,
-    layer: QuantizedLayer,
-    role: str,
-    parameters: list[tuple[Tensor, ...]],
-    objective: Objective,
+    replays: Replays, batch: Batch, parameters: list[tuple[Tensor, ...]], objective: Objective
 ) -> Tensor:
     """Error of each candidate on the one call of a batch, float64 [candidates, 1], for objectives that drop nothing."""
     total = torch.zeros(len(parameters), 1, dtype=torch.float64, device=batch.stacked.targets.device)
-    for _, _, tile in batch.tiles():
+    for start, _, tile in batch.tiles():
         error = torch.empty_like(tile.targets)
-        for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
+        for candidate, outputs in enumerate(_candidate_outputs(replays, start, tile, parameters)):
             total[candidate] += objective(torch.sub(outputs, tile.targets, out=error), tile.grads, tile.targets, 0)
+        replays.forget()
     return total
 
 
-def _batch_errors(
-    module: nn.Module,
-    batch: Batch,
-    layer: QuantizedLayer,
-    role: str,
-    parameters: list[tuple[Tensor, ...]],
-    objective: Objective,
-) -> Tensor:
+def _batch_errors(replays: Replays, batch: Batch, parameters: list[tuple[Tensor, ...]], objective: Objective) -> Tensor:
     """Error of each candidate on each call of a batch, float64 [candidates, calls].
 
     The errors of all elements of a call are held at once, because an objective may drop some of them.
     """
-    targets, grads = batch.stacked.targets, batch.stacked.grads  # [U, E]
-    errors = targets.new_empty(len(parameters), *targets.shape)  # [candidates, U, E]
-    for start, stop, tile in batch.tiles():
-        for candidate, outputs in enumerate(_candidate_outputs(module, tile, layer, role, parameters)):
-            torch.sub(outputs, tile.targets, out=errors[candidate, start:stop])
+    targets = batch.stacked.targets  # [U, E]
+    together = min(len(parameters), max(1, BUFFER_ELEMENTS // targets.numel()))
+    buffer = targets.new_empty(together, *targets.shape)  # [candidates, U, E]
+    chunks = []
+    for first in range(0, len(parameters), together):
+        some = parameters[first : first + together]
+        for start, stop, tile in batch.tiles():
+            for error, outputs in zip(buffer, _candidate_outputs(replays, start, tile, some), strict=False):
+                torch.sub(outputs, tile.targets, out=error[start:stop])
+        chunks.append(_per_call(buffer[: len(some)], batch, objective))
+    replays.forget()
+    return torch.cat(chunks)
+
+
+def _per_call(errors: Tensor, batch: Batch, objective: Objective) -> Tensor:
+    """Objective of each call of a batch from the errors of its elements, [candidates, U, E] -> [candidates, calls]."""
     per_call, start = [], 0
     for call, length in zip(batch.calls, batch.lengths, strict=True):
         # padding is dropped along with the least errors, being zero; without elimination it costs nothing as it is
         dropped = int(objective.eliminate * call.elements) + int(call.padding.sum()) if objective.eliminate else 0
-        grad, target = (part[start : start + length] for part in (grads, targets))
+        grad, target = (part[start : start + length] for part in (batch.stacked.grads, batch.stacked.targets))
         rows = errors[:, start : start + length]  # [candidates, units, E]
         per_call.append(torch.stack([objective(row, grad, target, dropped) for row in rows]))
         start += length
@@ -112,30 +112,27 @@ def _batch_errors(
 
 
 def _candidate_outputs(
-    module: nn.Module, tile: UnitCall, layer: QuantizedLayer, role: str, parameters: list[tuple[Tensor, ...]]
+    replays: Replays, start: int, tile: UnitCall, parameters: list[tuple[Tensor, ...]]
 ) -> Iterator[Tensor]:
-    """The module's output for each candidate, [units, elements]."""
-    with reuse_prefix(module, tile, layer, role):
-        for candidate in parameters:
-            layer.quantizers[role].set_parameters(*candidate)
-            yield rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
+    """The module's output on the tile that starts at a unit for each candidate, [units, elements]."""
+    for output in replays.outputs(parameters, start, tile.args, tile.kwargs):
+        yield rows_of(tensors_of(output), len(tile.targets))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best candidate, and the share of the candidates that a screening left (1 without one)."""
+    """The best candidate, and rough errors of all of them, to be expected of the next search as well."""
 
     best: int
-    left: float
+    expected: Tensor
 
 
 def best_candidate(
     errors: Callable[[list[int], float], Tensor],
-    number: int,
+    expected: Tensor,
     eliminate: float,
-    incumbent: int | None,
+    masses: dict[float, float],
     name: str,
-    screen: bool = True,
 ) -> Choice:
     """The candidate of least error, the first one where several tie; exact.
 
@@ -144,47 +141,65 @@ def best_candidate(
 
     Args:
         errors: (candidates, share of the units) -> their errors, float64; a lower bound for a share below 1.
-        number: of candidates.
+        expected: rough errors of all candidates up to a common factor, float64; they decide the cost, not the result.
         eliminate: share of an image's elements that the objective drops, whichever they are.
-        incumbent: candidate that was best before, or None.
+        masses: about which part of an error a share of the units makes, by share.
         name: of the quantizer, for the error.
-        screen: whether screening is likely to pay; without effect on the result.
 
     Raises:
         CalibrationError: the error of every candidate is NaN or infinite.
     """
+    number = len(expected)
+    expected = relative(expected)
     bounds = torch.zeros(number, dtype=torch.float64)
     full: dict[int, float] = {}
 
     def evaluate(candidates: list[int]) -> None:
-        if not candidates:
-            return
         for candidate, error in zip(candidates, errors(candidates, 1.0).tolist(), strict=True):
             full[candidate] = error if error == error else float("inf")
 
     def alive() -> list[int]:
         least = min(full.values(), default=float("inf"))
         left = [c for c in range(number) if c not in full and float(bounds[c]) * (1 - ROUNDING) <= least]
-        return sorted(left, key=lambda c: float(bounds[c]))
+        return sorted(left, key=lambda c: float(expected[c]))
 
-    survived = 1.0
-    if screen and number > TOGETHER:
-        if incumbent is not None:
-            evaluate([incumbent])
-        # a screen that is not well above the share that may be dropped bounds nothing
-        for share in (s for s in SCREENS if s > 2 * eliminate):
-            left = alive()
-            if not left:
-                break
+    # a screen that is not well above the share that may be dropped bounds nothing
+    masses = {share: mass for share, mass in masses.items() if share > 2 * eliminate}
+    screened = False
+    while (share := _next_screen(expected[alive()], masses)) is not None:
+        if not full:
+            evaluate(alive()[:1])
+        if left := alive():
             bounds[left] = errors(left, share)
-            if not full:
-                evaluate(alive()[:1])
-        survived = len(alive()) / number
-    together = TOGETHER if survived < 1 else number
+            expected[left] = relative(bounds[left])
+        masses = {later: mass for later, mass in masses.items() if later > share}
+        screened = True
+    together = TOGETHER if screened else number
     while left := alive():
         evaluate(left[:together])
         together *= 4
     least = min(full.values(), default=float("inf"))
     if least == float("inf"):
         raise CalibrationError(f"{name}: the error of every candidate range is NaN or infinite")
-    return Choice(min(c for c, error in full.items() if error == least), survived)
+    evaluated = sorted(full)
+    expected[evaluated] = relative(torch.tensor([full[c] for c in evaluated], dtype=torch.float64))
+    return Choice(min(c for c, error in full.items() if error == least), expected)
+
+
+def relative(errors: Tensor) -> Tensor:
+    """Errors over the least one, infinite for NaN."""
+    errors = errors.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return errors / errors.min()
+
+
+def _next_screen(expected: Tensor, masses: dict[float, float]) -> float | None:
+    """The share on which to screen candidates next at the least work, or None where evaluating all of them is less.
+
+    Work is counted in full evaluations: those on the share, and those of the candidates that it is expected to leave.
+    """
+    number = len(expected)
+    if number <= TOGETHER:
+        return None
+    work = {share: share * number + float((~(expected * mass > 1)).sum()) for share, mass in masses.items()}
+    best = min(work, key=work.__getitem__, default=None)
+    return best if best is not None and work[best] < WORTHWHILE * number else None

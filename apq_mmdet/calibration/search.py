@@ -10,7 +10,15 @@ from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls
-from apq_mmdet.calibration.scoring import WORTHWHILE, Candidate, best_candidate, candidate_errors, sum_by_image
+from apq_mmdet.calibration.scoring import (
+    PROBE,
+    SCREENS,
+    Candidate,
+    best_candidate,
+    candidate_errors,
+    relative,
+    sum_by_image,
+)
 from apq_mmdet.calibration.units import UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
@@ -26,7 +34,7 @@ class Slot:
     """One quantizer's place in the search order, and what its last search found.
 
     ``searched_at`` is the number of changes that the block had seen then: where it has not moved since, searching
-    again could only find the same. ``left`` is the share of the candidates that its last screening left.
+    again could only find the same. ``expected`` are rough errors of the candidates, by their place in the grid.
     """
 
     layer_name: str
@@ -34,7 +42,7 @@ class Slot:
     role: str
     chosen: Candidate = UNSEARCHED
     searched_at: int = -1
-    left: float | None = None
+    expected: Tensor | None = None
 
     @property
     def quantizer(self) -> Quantizer:
@@ -74,7 +82,7 @@ def search_block(
     for quantizer in quantizers_of(module):
         quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.FLOAT
-    changes, previous = 0, slots[0]
+    changes = 0
     for _ in range(search.rounds):
         settled = True
         for slot in slots:
@@ -84,8 +92,7 @@ def search_block(
                 continue
             settled = False
             with fixed_weights(module, slot.layer, slot.role):
-                before, slot.chosen = slot.chosen, _best_candidate(errors, slot, search, progress, previous.left)
-            previous = slot
+                before, slot.chosen = slot.chosen, _best_candidate(errors, slot, search, progress)
             slot.quantizer.set_range_factor(*slot.chosen)
             # a change of its own does not make a slot's result stale
             changes += slot.chosen != before
@@ -109,29 +116,21 @@ def _join(layer: QuantizedLayer) -> int:
     return changes
 
 
-def _best_candidate(
-    errors: "SlotErrors", slot: Slot, search: SearchConfig, progress: Progress, neighbours: float | None
-) -> Candidate:
-    """The best candidate; ``neighbours`` is what a screening left at the slot before, a guess where it is the first."""
+def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, progress: Progress) -> Candidate:
     grid = search.candidates(slot.layer.kind, slot.role, slot.quantizer)
-    at_module = search.metric == "module"
-    if not at_module and 0 < search.shortlist < len(grid):
+    if search.metric != "module" and 0 < search.shortlist < len(grid):
         ranked = errors.at_module(slot, grid, 1.0, errors.ranking).argsort(stable=True)[: search.shortlist]
         grid = [grid[i] for i in ranked.sort().values.tolist()]  # ascending: ties as in the exact form
-    incumbent = grid.index(slot.chosen) if slot.searched_at >= 0 and slot.chosen in grid else None
 
     def evaluate(candidates: list[int], share: float) -> Tensor:
         progress.candidates(len(candidates))
-        chosen = [grid[i] for i in candidates]
-        if at_module:
-            return errors.at_module(slot, chosen, share, errors.objective)
-        return errors.at_block(slot, chosen, share)
+        return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
-    expected = neighbours if slot.left is None else slot.left
-    screen = expected is None or expected <= WORTHWHILE
-    eliminate = errors.objective.eliminate
-    choice = best_candidate(evaluate, len(grid), eliminate, incumbent, slot.name, screen)
-    slot.left = choice.left if screen else expected
+    if slot.expected is None or len(slot.expected) != len(grid):
+        probe = relative(errors.of(slot, grid, PROBE, errors.ranking))
+        slot.expected = 1 + (probe - 1) / 2  # the most important units tell candidates apart more than the others do
+    choice = best_candidate(evaluate, slot.expected, errors.objective.eliminate, errors.masses(slot), slot.name)
+    slot.expected = choice.expected
     return grid[choice.best]
 
 
@@ -140,15 +139,17 @@ class SlotErrors:
 
     def __init__(self, module: nn.Module, calls: UnitCalls, search: SearchConfig) -> None:
         self.module, self.calls = module, calls
+        self.of = self.at_module if search.metric == "module" else self.at_block
         self.objective = build_objective(search.objective)
-        # candidates are ranked at the module without elimination, which belongs to the block's output
+        # candidates are ranked without elimination, which belongs to the block's output
         self.ranking = type(self.objective)()
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
+        self._masses: dict[UnitCalls, dict[float, float]] = {}
 
-    def at_block(self, slot: Slot, candidates: list[Candidate], share: float) -> Tensor:
+    def at_block(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
         """Float64 [candidates]; a lower bound if only a ``share`` of the units is looked at."""
         calls = (call.first(share) for call in self.calls.most_important(share))
-        columns = candidate_errors(self.module, calls, slot.layer, slot.role, candidates, self.objective)
+        columns = candidate_errors(self.module, calls, slot.layer, slot.role, candidates, objective)
         return sum_by_image(columns, len(candidates))
 
     def at_module(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
@@ -157,6 +158,15 @@ class SlotErrors:
         calls = (call.first(share) for call in recorded)
         columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, candidates, objective)
         return sum_by_image(columns, len(candidates))
+
+    def masses(self, slot: Slot) -> dict[float, float]:
+        """About which part of an error a share of the units makes, for each share that candidates are screened on."""
+        calls = self.calls if self.of == self.at_block else self._recorded(slot.layer)
+        if not self.objective.uses_gradients:
+            return {share: share for share in SCREENS}
+        if calls not in self._masses:
+            self._masses[calls] = dict(zip(SCREENS, calls.masses(SCREENS), strict=True))
+        return self._masses[calls]
 
     def _recorded(self, layer: QuantizedLayer) -> UnitCalls:
         """The layer's own calls; those of all layers are kept at once where they are small."""

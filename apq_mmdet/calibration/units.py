@@ -5,7 +5,7 @@ the first units alone tell most of the bad candidates.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from apq_mmdet.calibration.blocks import BlockCall
-from apq_mmdet.calibration.distributed import SHARD
+from apq_mmdet.calibration.distributed import SHARD, gather
 from apq_mmdet.calibration.store import TensorStore
 
 TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
@@ -171,7 +171,7 @@ class UnitCalls:
     def __init__(self, store: TensorStore, key: Hashable) -> None:
         self._store, self._key = store, key
         self._calls: list[UnitCall] = []  # without tensors
-        self._energies: list[float] = []
+        self._energies: list[Tensor] = []  # of the first unit, the first two units, ...; float64 [units]
         self._sizes: list[int] = []
         self._signatures: list[str] = []
 
@@ -180,7 +180,7 @@ class UnitCalls:
         if not call.targets.numel():
             return
         self._store.put((self._key, len(self._calls)), call.tensors())
-        self._energies.append(float(call.grads.double().square().sum()))
+        self._energies.append(call.grads.square().sum(1, dtype=torch.float64).cumsum(0).cpu())
         self._sizes.append(call.targets.numel())
         self._signatures.append(call.signature)
         empty = torch.empty(0)
@@ -206,10 +206,27 @@ class UnitCalls:
 
     def most_important(self, share: float) -> Iterator[UnitCall]:
         """All calls whose units can be judged apart, and a share of the others: those of largest gradient."""
-        whole = [i for i, call in enumerate(self._calls) if not call.separable]
-        whole.sort(key=lambda i: -self._energies[i])
-        left_out = set(whole[math.ceil(share * len(whole)) :])
+        left_out = self._unimportant(share)
         return (self[index] for index in range(len(self)) if index not in left_out)
+
+    def masses(self, shares: Sequence[float]) -> list[float]:
+        """Part of all squared gradients that ``most_important`` and ``UnitCall.first`` of each share have."""
+        gathered = gather([self._energy(share) for share in (*shares, 1.0)])
+        *kept, total = (sum(part) for part in zip(*gathered, strict=True))
+        return [mass / total if total else 0.0 for mass in kept]
+
+    def _energy(self, share: float) -> float:
+        left_out = self._unimportant(share)
+        return sum(
+            float(energies[math.ceil(share * len(energies)) - 1])
+            for index, energies in enumerate(self._energies)
+            if index not in left_out
+        )
+
+    def _unimportant(self, share: float) -> set[int]:
+        whole = [index for index, call in enumerate(self._calls) if not call.separable]
+        whole.sort(key=lambda index: -float(self._energies[index][-1]))
+        return set(whole[math.ceil(share * len(whole)) :])
 
     def of_layer(self, index: int) -> "UnitCalls":
         """An empty list in the same store, for the calls of one of the block's layers."""

@@ -30,11 +30,21 @@ def integer_precision() -> Iterator[None]:
     before = [(backend, backend.fp32_precision) for backend, _ in _BACKENDS]
     for backend, precision in _BACKENDS:
         backend.fp32_precision = precision
+    _active.append(True)
     try:
         yield
     finally:
+        _active.pop()
         for backend, precision in before:
             backend.fp32_precision = precision
+
+
+_active: list[bool] = []  # one entry for each context that is open
+
+
+def in_integer_precision() -> bool:
+    """Whether ``integer_precision`` is on."""
+    return bool(_active)
 
 
 def _backends() -> list[tuple[Any, str]]:

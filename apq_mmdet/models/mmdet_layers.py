@@ -75,12 +75,11 @@ class ProductWindowMSA(WindowMSA):
 
     query_key: FloatQueryKeyProduct
     attention_value: FloatAttentionValueProduct
-    position_bias: "PositionBias"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See WindowMSA; x: [nW * B, N, C], mask: [nW, N, N] or None."""
         batch, tokens, channels = x.shape
-        bias = self.position_bias(self.relative_position_bias_table, self.relative_position_index)  # [1, H, N, N]
+        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)  # [1, H, N, N]
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [nW * B, H, N, d]
         logits = self.query_key(query * self.scale, key) + bias  # [nW * B, H, N, N]
@@ -93,13 +92,10 @@ class ProductWindowMSA(WindowMSA):
         return self.proj_drop(self.proj(x))
 
 
-class PositionBias(nn.Module):
-    """The relative position bias as a module of its own, so that a search computes it once."""
-
-    def forward(self, table: Tensor, index: Tensor) -> Tensor:
-        """table: [(2 w - 1)^2, H], index: [N, N]; returns [1, H, N, N]."""
-        bias = table[index.view(-1)]  # [N * N, H]
-        return bias.view(*index.shape, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Relative position bias; table: [(2 w - 1)^2, H], index: [N, N]; returns [1, H, N, N]."""
+    bias = table[index.view(-1)]  # [N * N, H]
+    return bias.view(*index.shape, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
 
 
 def use_product_modules(attention: WindowMSA) -> None:
@@ -107,7 +103,6 @@ def use_product_modules(attention: WindowMSA) -> None:
     attention.__class__ = ProductWindowMSA
     attention.query_key = FloatQueryKeyProduct(attention.num_heads)
     attention.attention_value = FloatAttentionValueProduct(attention.num_heads)
-    attention.position_bias = PositionBias()
 
 
 ATTENTION[WindowMSA] = use_product_modules

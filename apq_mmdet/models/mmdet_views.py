@@ -1,6 +1,7 @@
 """Views of mmdet's blocks as independent units: windows of Swin blocks, patches of embeddings, RoIs of heads."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -67,27 +68,31 @@ class WindowBlock(nn.Module):
     def __init__(self, block: SwinBlock) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2, self.ffn = block.norm1, block.attn, block.norm2, block.ffn
-        self.mask = RegionMask()
 
     def forward(self, x: Tensor, region: Tensor | None, valid: Tensor | None) -> Tensor:
         """x: [n, N, C], zero where padded; region: [n, N] or None; valid: bool [n, N] or None; returns [n, N, C]."""
         y = self.norm1(x)
         if valid is not None:
             y = y * valid.unsqueeze(-1)  # mmdet pads after the norm
-        mask = None if region is None else self.mask(region)
+        mask = None if region is None else region_mask(region)
         x = self.attn.drop(self.attn.w_msa(y, mask)) + x
-        if valid is None:
-            return self.ffn(self.norm2(x), identity=x)
-        tokens = x[valid]  # [t, C]
-        return torch.zeros_like(x).masked_scatter(valid.unsqueeze(-1), self.ffn(self.norm2(tokens), identity=tokens))
+        return self._ffn(x) if valid is None else on_valid_tokens(self._ffn, x, valid)
+
+    def _ffn(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.ffn(self.norm2(x), identity=x)
 
 
-class RegionMask(nn.Module):
-    """What is added to the logits of tokens of different regions, as a module so that a search computes it once."""
+def on_valid_tokens(function: Callable[[Tensor], Tensor], x: Tensor, valid: Tensor) -> Tensor:
+    """A function of tokens, [t, C] -> [t, C], of those that are valid; zero elsewhere; x: [n, N, C], valid: [n, N]."""
+    index = valid.flatten().nonzero().squeeze(1)
+    tokens = x.flatten(0, 1)
+    return torch.zeros_like(tokens).index_copy(0, index, function(tokens.index_select(0, index))).view_as(x)
 
-    def forward(self, region: Tensor) -> Tensor:
-        """[n, N] -> [n, N, N]."""
-        return (region.unsqueeze(1) != region.unsqueeze(2)) * SEPARATED
+
+def region_mask(region: Tensor) -> Tensor:
+    """What is added to the logits of tokens of different regions; [n, N] -> [n, N, N]."""
+    return (region.unsqueeze(1) != region.unsqueeze(2)) * SEPARATED
 
 
 @register_view(PatchMerging)

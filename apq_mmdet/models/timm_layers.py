@@ -27,7 +27,7 @@ from apq_mmdet.calibration.sampling import register_sampler
 from apq_mmdet.layers.convert import ATTENTION, INLINE
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.models import timm_compensation, timm_transforms, timm_views  # noqa: F401  (registered with it)
-from apq_mmdet.models.mmdet_layers import PositionBias
+from apq_mmdet.models.mmdet_layers import position_bias
 from apq_mmdet.models.mmdet_layers import random_crop as random_crop
 
 register_block(PatchEmbed, PatchMerging, SwinTransformerBlock, Block)
@@ -38,14 +38,13 @@ class ProductWindowAttention(WindowAttention):
 
     query_key: FloatQueryKeyProduct
     attention_value: FloatAttentionValueProduct
-    position_bias: PositionBias
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See WindowAttention; x: [B * nW, N, C], mask: [nW, N, N] or None."""
         batch, tokens, _ = x.shape
         query, key, value = _split_heads(self.qkv(x), self.num_heads)  # each [B * nW, H, N, d]
         logits = self.query_key(query * self.scale, key)  # [B * nW, H, N, N]
-        logits = logits + self.position_bias(self.relative_position_bias_table, self.relative_position_index)
+        logits = logits + position_bias(self.relative_position_bias_table, self.relative_position_index)
         if mask is not None:
             logits = logits.view(-1, len(mask), self.num_heads, tokens, tokens) + mask.unsqueeze(1)
             logits = logits.view(batch, self.num_heads, tokens, tokens)
@@ -91,7 +90,6 @@ def _use_product_modules(attention: nn.Module, product_class: type[nn.Module]) -
 def use_window_product_modules(attention: WindowAttention) -> None:
     """Give a WindowAttention modules for its two products, in place."""
     _use_product_modules(attention, ProductWindowAttention)
-    attention.position_bias = PositionBias()
 
 
 def use_product_modules(attention: Attention) -> None:

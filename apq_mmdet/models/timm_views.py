@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.units import View, register_view
-from apq_mmdet.models.mmdet_views import RegionMask
+from apq_mmdet.models.mmdet_views import on_valid_tokens, region_mask
 
 
 @register_view(SwinTransformerBlock)
@@ -65,17 +65,14 @@ class WindowBlock(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
-        self.mask = RegionMask()
 
     def forward(self, x: Tensor, region: Tensor | None, valid: Tensor | None) -> Tensor:
         """x: [n, N, C], zero where padded; region: [n, N] or None; valid: bool [n, N] or None; returns [n, N, C]."""
         y = self.norm1(x)
         if valid is not None:
             y = y * valid.unsqueeze(-1)  # padded after the norm
-        x = x + self.drop_path1(self.attn(y, None if region is None else self.mask(region)))
-        if valid is None:
-            return self._mlp(x)
-        return torch.zeros_like(x).masked_scatter(valid.unsqueeze(-1), self._mlp(x[valid]))
+        x = x + self.drop_path1(self.attn(y, None if region is None else region_mask(region)))
+        return self._mlp(x) if valid is None else on_valid_tokens(self._mlp, x, valid)
 
     def _mlp(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""

@@ -4,57 +4,82 @@ import torch
 from apq_mmdet.calibration.scoring import SCREENS, TOGETHER, best_candidate
 from apq_mmdet.errors import CalibrationError
 
+NAN, INF = float("nan"), float("inf")
+
 
 class Errors:
-    """Known errors; a share below 1 gives the share of them that the most important units make."""
+    """Known errors; the most important units of a share make ``mass`` of them, by share."""
 
-    def __init__(self, errors, important=0.9):
+    def __init__(self, errors, mass=0.95):
         self.errors = torch.tensor(errors, dtype=torch.float64)
-        self.important = important
+        self.masses = {share: mass * min(1.0, share / 0.1) for share in SCREENS}
         self.cost = 0.0
+        self.shares = []
 
     def __call__(self, candidates, share):
+        assert candidates
         self.cost += len(candidates) * share
-        return self.errors[candidates] * (1.0 if share == 1 else self.important * share / max(SCREENS))
+        self.shares.append(share)
+        return self.errors[candidates] * (1.0 if share == 1 else self.masses[share])
 
 
-@pytest.mark.parametrize("incumbent", [None, 0, 57])
-@pytest.mark.parametrize("important", [0.0, 0.5, 0.99])
-def test_exact_whatever_the_bounds_say(incumbent, important):
+def best(errors, expected=None, eliminate=0.0):
+    expected = errors.errors.clone() if expected is None else torch.tensor(expected, dtype=torch.float64)
+    return best_candidate(errors, expected, eliminate, errors.masses, "layer").best
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("told", ["truth", "nonsense", "nothing", "broken"])
+def test_exact_whatever_is_expected(told, mass):
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        errors = torch.rand(100, generator=generator).add(1).tolist()
-        for screen in (True, False):
-            got = best_candidate(Errors(errors, important), 100, 0.1, incumbent, "layer", screen)
-            assert got.best == errors.index(min(errors))
+        known = torch.rand(100, generator=generator).add(1).tolist()
+        expected = {"truth": known, "nonsense": known[::-1], "nothing": [1.0] * 100, "broken": [NAN, 0.0] * 50}[told]
+        errors = Errors(known, mass)
+        hoped = dict.fromkeys(SCREENS, 1.0) if told == "nonsense" else errors.masses
+        choice = best_candidate(errors, torch.tensor(expected, dtype=torch.float64), 0.1, hoped, "layer")
+        assert choice.best == known.index(min(known))
 
 
 def test_screening_spares_full_evaluations():
     curve = [1 + ((i - 40) / 20) ** 2 for i in range(100)]
     screened, unscreened = Errors(curve), Errors(curve)
-    assert best_candidate(screened, 100, 0.1, None, "layer").best == 40
-    assert best_candidate(unscreened, 100, 0.5, None, "layer").best == 40  # half is dropped: nothing can be screened
-    assert screened.cost < 0.6 * unscreened.cost
+    assert best(screened) == 40
+    assert best(unscreened, eliminate=0.5) == 40  # half is dropped: nothing can be screened
+    assert screened.cost < 0.4 * unscreened.cost
     assert unscreened.cost == 100
 
 
-def test_a_screen_that_leaves_nothing_ends_the_search():
-    class OneGood(Errors):
-        def __call__(self, candidates, share):
-            assert candidates
-            return super().__call__(candidates, share)
+def test_no_screen_where_none_would_pay():
+    flat = Errors([1 + i / 10000 for i in range(100)])
+    assert best(flat) == 0
+    assert flat.shares == [1.0]
 
-    assert best_candidate(OneGood([100.0] * 20 + [1.0] + [100.0] * 20), 41, 0.0, 20, "layer").best == 20
+
+def test_what_was_found_tells_the_next_search_which_screens_pay():
+    flat = Errors([1 + i / 10000 for i in range(100)])
+    choice = best_candidate(flat, torch.arange(1.0, 101.0).double(), 0.0, flat.masses, "layer")  # seems steep
+    assert len(flat.shares) > 1
+    flat.shares.clear()
+    assert best_candidate(flat, choice.expected, 0.0, flat.masses, "layer").best == 0
+    assert flat.shares == [1.0]
+
+
+def test_a_screen_that_leaves_nothing_ends_the_search():
+    errors = Errors([100.0] * 20 + [1.0] + [100.0] * 20)
+    assert best(errors) == 20
+    assert errors.cost < 2
 
 
 def test_the_first_of_several_that_tie():
-    assert best_candidate(Errors([2.0] * 30 + [1.0] * 20), 50, 0.1, 45, "layer").best == 30
-    assert best_candidate(Errors([2.0, 1.0, 1.0]), 3, 0.1, None, "layer").best == 1
+    assert best(Errors([2.0] * 30 + [1.0] * 20)) == 30
+    assert best(Errors([2.0, 1.0, 1.0])) == 1
     assert TOGETHER > 3
 
 
 def test_nan_is_never_best_and_all_nan_is_an_error():
-    nan = float("nan")
-    assert best_candidate(Errors([nan] * 20 + [3.0] + [nan] * 20), 41, 0.1, 5, "layer").best == 20
-    with pytest.raises(CalibrationError, match="layer: the error of every candidate"):
-        best_candidate(Errors([nan] * 41), 41, 0.1, None, "layer")
+    assert best(Errors([NAN] * 20 + [3.0] + [NAN] * 20)) == 20
+    assert best(Errors([INF] * 20 + [3.0] + [NAN] * 20), [1.0] * 41) == 20
+    for bad in (NAN, INF):
+        with pytest.raises(CalibrationError, match="layer: the error of every candidate"):
+            best(Errors([bad] * 41))

@@ -7,7 +7,7 @@ import torch
 from helpers import build_swin, recipe, short_grids
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
-from apq_mmdet.calibration.replay import layer_calls, reuse_prefix
+from apq_mmdet.calibration.replay import layer_calls
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, search_block
@@ -162,49 +162,6 @@ def test_module_metric_of_the_first_layer_against_brute_force():
             total += float((g.double().reshape(-1)[kept] * e[kept]).square().sum())
         errors.append(total)
     assert got[f"{name}.weight"] == factors[errors.index(min(errors))]
-
-
-def test_reused_prefix_changes_no_bit():
-    block, calls = prepared(1, recipe("minmax"))
-    for quantizer in quantizers_of(block):
-        quantizer.set_range_factor(1.0)
-    view, call = to_units(block, calls[0])
-    with torch.no_grad():
-        want = view(*call.args)
-        for _, layer in quantized_layers(block):
-            for role, quantizer in layer.quantizers.items():
-                with reuse_prefix(view, call, layer, role):
-                    # the first norm is remembered, so what it would be given does not matter
-                    block.norm1.weight.add_(1)
-                    assert torch.equal(view(*call.args), want)
-                    assert torch.equal(view(*call.args), want)
-                    block.norm1.weight.sub_(1)
-                    # the searched quantizer is not
-                    quantizer.set_range_factor(0.5)
-                    assert not torch.equal(view(*call.args), want)
-                    quantizer.set_range_factor(1.0)
-                assert torch.equal(view(*call.args), want)
-
-
-def test_prefix_keeps_away_from_outputs_that_are_modified_in_place():
-    class InPlace(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-
-        def forward(self, x):
-            return self.b(self.a(x).add_(1))
-
-    block, x = InPlace(), torch.randn(2, 3)
-    quantize_model(block, recipe("minmax").policy)
-    with torch.no_grad(), quantizer_mode(quantizers_of(block), QuantizerMode.OBSERVE):
-        block(x)
-    with torch.no_grad(), float_only(block):
-        want = block(x)
-        _, call = to_units(block, BlockCall((x,), {}, [want], [want], 0))
-        with reuse_prefix(block, call, block.b, "input"):
-            assert torch.equal(block(x), want)
-            assert torch.equal(block(x), want)
 
 
 def test_module_gradients_are_those_of_the_float_block():

@@ -1,0 +1,256 @@
+"""Replays of what a block computes behind one quantizer: what cannot change is computed once for all candidates."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from apq_mmdet.layers.integer import in_integer_precision, integer_precision
+from apq_mmdet.quantizers import Quantizer
+
+HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # Python may go on with what they give
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor that is another one for each candidate."""
+
+    index: int
+
+
+@dataclass
+class Step:
+    """One operator, or one call of a quantizer, whose result depends on the searched quantizer.
+
+    Attributes:
+        function: what is called.
+        args, kwargs: its arguments, with slots for what changes.
+        outputs: slots of the tensors it gives, in order; None for other values.
+        narrow: whether it runs in ``integer_precision``.
+        finished: slots that nothing behind it reads.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[int | None]
+    narrow: bool
+    finished: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._places = [(place, arg.index) for place, arg in enumerate(self.args) if type(arg) is Slot]
+        self._nested = len(slots_in((self.args, self.kwargs))) > len(self._places)
+
+    def run(self, values: dict[int, Tensor]) -> None:
+        """Compute the outputs from the values of the slots, and forget what is finished."""
+        if self._nested:
+            args, kwargs = fill((self.args, self.kwargs), values)
+        else:  # nearly all operators
+            args, kwargs = list(self.args), self.kwargs
+            for place, index in self._places:
+                args[place] = values[index]
+        with integer_precision() if self.narrow else contextlib.nullcontext():
+            output = self.function(*args, **kwargs)
+        found = (output,) if isinstance(output, Tensor) else tree_leaves(output)
+        for slot, value in zip(self.outputs, found, strict=True):
+            if slot is not None:
+                values[slot] = value
+        for slot in self.finished:
+            del values[slot]
+
+
+def slots_in(tree: Any) -> set[int]:
+    """Which slots there are."""
+    return {leaf.index for leaf in tree_leaves(tree) if isinstance(leaf, Slot)}
+
+
+def fill(tree: Any, values: dict[int, Tensor]) -> Any:
+    """A tree with the values of its slots."""
+    return tree_map_only(Slot, lambda slot: values[slot.index], tree)
+
+
+class Tape:
+    """A block's call on one input as the operators behind one quantizer.
+
+    Recorded while the block runs once. A block that reads a number from a tensor that changes, or writes into one that
+    does not, cannot be replayed; nor can what happens outside of torch's operators be seen, so that a replay has to be
+    compared with the block once.
+
+    Args:
+        module: the block.
+        quantizer: the one whose parameters change.
+    """
+
+    def __init__(self, module: nn.Module, quantizer: Quantizer) -> None:
+        self._module, self._quantizer = module, quantizer
+        self._steps: list[Step] = []
+        self._result: Any = None
+        self.replayable = False
+
+    def record(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, remember what depends on the quantizer, and return the block's output."""
+        recorder = _Recorder(self._quantizer)
+        with recorder.watch(self._module), recorder:
+            output = self._module(*args, **kwargs)
+        self._result = recorder.with_slots(output)
+        self._steps = _finish_early(recorder.steps, self._result)
+        self.replayable = recorder.replayable
+        return output
+
+    def replay(self) -> Any:
+        """The block's output at the quantizer's present parameters, on the recorded input; equal to the last bit."""
+        values: dict[int, Tensor] = {}
+        for step in self._steps:
+            step.run(values)
+        return fill(self._result, values)
+
+
+class Replays:
+    """Outputs of a block for one candidate after the other, by tape where that gives the block's own bits.
+
+    Args:
+        module: the block.
+        quantizer: the one whose candidates are tried.
+    """
+
+    def __init__(self, module: nn.Module, quantizer: Quantizer) -> None:
+        self._module, self._quantizer = module, quantizer
+        self._tapes: dict[Hashable, Tape] = {}
+        self._trusted: bool | None = None
+
+    def outputs(
+        self, candidates: Sequence[tuple[Tensor, ...]], key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        """The block's output on these arguments for the quantizer's parameters of each candidate.
+
+        Args:
+            candidates: what ``set_parameters`` takes.
+            key: the same for the same arguments, until ``forget`` is called.
+            args, kwargs: of the block.
+        """
+        for parameters in candidates:
+            self._quantizer.set_parameters(*parameters)
+            tape = self._tapes.get(key)
+            if self._trusted is False or len(candidates) == 1:
+                yield self._module(*args, **kwargs)
+            elif tape is None:
+                tape = self._tapes[key] = Tape(self._module, self._quantizer)
+                yield tape.record(*args, **kwargs)
+                self._trusted = self._trusted if tape.replayable else False
+            elif self._trusted is None:
+                output = self._module(*args, **kwargs)
+                self._trusted = _same_bits(tape.replay(), output)
+                yield output
+            else:
+                yield tape.replay()
+
+    def forget(self) -> None:
+        """Drop the tapes, and with them what they hold of the arguments' making."""
+        self._tapes = {}
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(y, Tensor))
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator; keeps those that depend on the buffers of ``quantizer``."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self.replayable = True
+        self._quantizer = quantizer
+        self._seeds = {id(buffer) for buffer in quantizer.buffers()}
+        self._slots: dict[int, int] = {}  # by the id of a tensor
+        self._alive: list[Tensor] = []  # while they live, nothing else gets their ids
+        self._read: set[int] = set()  # storages of unchanging tensors that steps read
+        self._inside = False  # of a quantizer
+
+    @contextlib.contextmanager
+    def watch(self, module: nn.Module) -> Iterator[None]:
+        """Context in which a quantizer's call is one step, whatever it does with numbers inside."""
+        quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
+        for quantizer in quantizers:
+            quantizer.__dict__["forward"] = partial(self._call, quantizer, quantizer.forward)
+        try:
+            yield
+        finally:
+            for quantizer in quantizers:
+                del quantizer.__dict__["forward"]
+
+    def _call(self, quantizer: Quantizer, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self._inside = True
+        try:
+            output = forward(x)
+        finally:
+            self._inside = False
+        if quantizer is self._quantizer or id(x) in self._slots:
+            self._append(forward, (x,), {}, output)
+        return output
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run an operator, and keep it if it depends on what changes."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self._inside:
+            return output
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        changing = any(id(t) in self._slots or id(t) in self._seeds for t in tensors)
+        if func._schema.is_mutable and not self._writes_safely(func, args, kwargs, changing):
+            self.replayable = False
+        if changing:
+            self.replayable = self.replayable and not any(tag in func.tags for tag in HOST_READS)
+            self._append(func, args, kwargs, output)
+        return output
+
+    def _writes_safely(self, func: Any, args: tuple, kwargs: dict[str, Any], changing: bool) -> bool:
+        """A step may write into what steps made; an operator that is no step, into what no step has read."""
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        written = [
+            given[argument.name]
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
+        ]
+        tensors = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+        if changing:
+            return all(id(t) in self._slots for t in tensors)
+        return not any(_storage(t) in self._read for t in tensors)
+
+    def _append(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._read |= {_storage(t) for t in tensors if id(t) not in self._slots}
+        args, kwargs = self.with_slots((args, kwargs))
+        outputs = [self._slot(value) if isinstance(value, Tensor) else None for value in tree_leaves(output)]
+        self.steps.append(Step(function, args, kwargs, outputs, in_integer_precision()))
+
+    def _slot(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._slots:
+            self._slots[id(tensor)] = len(self._alive)
+            self._alive.append(tensor)
+        return self._slots[id(tensor)]
+
+    def with_slots(self, tree: Any) -> Any:
+        """A tree with slots for the tensors that change."""
+        return tree_map_only(Tensor, lambda t: Slot(self._slots[id(t)]) if id(t) in self._slots else t, tree)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _finish_early(steps: list[Step], result: Any) -> list[Step]:
+    """The steps, each told which slots are finished behind it."""
+    needed = slots_in(result)
+    for step in reversed(steps):
+        used = slots_in((step.args, step.kwargs)) | {slot for slot in step.outputs if slot is not None}
+        step.finished = tuple(used - needed)
+        needed |= used
+    return steps
