@@ -6,7 +6,7 @@ from helpers import recipe
 from test_search import prepared
 from torch import nn
 
-from apq_mmdet.calibration.tape import Replays, Tape
+from apq_mmdet.calibration.tape import Replays, Tape, flushed_denormals
 from apq_mmdet.calibration.units import to_units
 from apq_mmdet.layers import quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.layers.integer import in_integer_precision
@@ -72,7 +72,7 @@ def test_what_comes_before_is_not_computed_again():
 
 @torch.no_grad()
 def test_integer_products_stay_integer_products():
-    block, calls = prepared(0, recipe("apq"))
+    block, _ = prepared(0, recipe("apq"))
     for quantizer in quantizers_of(block):
         quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.CODES
@@ -85,6 +85,16 @@ def test_integer_products_stay_integer_products():
     tape.replay()
     assert seen == [True]
     assert not in_integer_precision()
+
+
+def test_denormals_are_flushed_and_then_no_more():
+    tiny = torch.full((100,), 1e-40)
+    with flushed_denormals():
+        assert not (tiny * 1.0).any()
+        with flushed_denormals():
+            pass
+        assert not (tiny * 1.0).any()
+    assert (tiny * 1.0).all()
 
 
 class Block(nn.Module):
