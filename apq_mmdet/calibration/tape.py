@@ -17,6 +17,10 @@ from apq_mmdet.quantizers import Quantizer
 HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # Python may go on with what they give
 
 
+# operators around a product that need no precision: switching it takes as long as they do
+UNCONCERNED = (torch.ops.aten.t.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
 @dataclass(frozen=True)
 class Slot:
     """Stands for a tensor that is another one for each candidate."""
@@ -45,7 +49,7 @@ class Step:
 
     def __post_init__(self) -> None:
         self._places = [(place, arg.index) for place, arg in enumerate(self.args) if type(arg) is Slot]
-        self._nested = len(slots_in((self.args, self.kwargs))) > len(self._places)
+        self._nested = len(slots_in((self.args, self.kwargs))) > len({index for _, index in self._places})
 
     def run(self, values: dict[int, Tensor]) -> None:
         """Compute the outputs from the values of the slots, and forget what is finished."""
@@ -55,12 +59,15 @@ class Step:
             args, kwargs = list(self.args), self.kwargs
             for place, index in self._places:
                 args[place] = values[index]
-        with integer_precision() if self.narrow else contextlib.nullcontext():
+        if self.narrow:
+            with integer_precision():
+                output = self.function(*args, **kwargs)
+        else:
             output = self.function(*args, **kwargs)
-        found = (output,) if isinstance(output, Tensor) else tree_leaves(output)
-        for slot, value in zip(self.outputs, found, strict=True):
-            if slot is not None:
-                values[slot] = value
+        if isinstance(output, Tensor):
+            values[self.outputs[0]] = output
+        else:
+            values.update((s, v) for s, v in zip(self.outputs, tree_leaves(output), strict=True) if s is not None)
         for slot in self.finished:
             del values[slot]
 
@@ -245,7 +252,8 @@ class _Recorder(TorchDispatchMode):
         self._read |= {_storage(t) for t in tensors if id(t) not in self._slots}
         args, kwargs = self.with_slots((args, kwargs))
         outputs = [self._slot(value) if isinstance(value, Tensor) else None for value in tree_leaves(output)]
-        self.steps.append(Step(function, args, kwargs, outputs, in_integer_precision()))
+        narrow = in_integer_precision() and function not in UNCONCERNED
+        self.steps.append(Step(function, args, kwargs, outputs, narrow))
 
     def _slot(self, tensor: Tensor) -> int:
         if id(tensor) not in self._slots:

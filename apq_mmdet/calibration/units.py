@@ -256,24 +256,25 @@ class Batch:
 
 
 def batches(calls: Iterable[UnitCall]) -> Iterator[Batch]:
-    """Stack small calls of up to SHARD neighbouring images; big calls stay alone.
+    """Stack small calls of the images of a shard; big calls stay alone.
 
     What is stacked depends on the images alone, not on how they are spread over processes.
     """
-    group: list[UnitCall] = []
+    groups: dict[str, list[UnitCall]] = {}  # of one shard, by signature
+    shard = -1
     for call in calls:
-        if group and not _fits(group, call):
+        if call.image // SHARD != shard:
+            yield from map(_stack, groups.values())
+            groups, shard = {}, call.image // SHARD
+        if not call.separable or call.targets.numel() > TILE_ELEMENTS:
+            yield _stack([call])
+            continue
+        group = groups.setdefault(call.signature, [])
+        if sum(c.targets.numel() for c in (*group, call)) > TILE_ELEMENTS:
             yield _stack(group)
-            group = []
+            group.clear()
         group.append(call)
-    if group:
-        yield _stack(group)
-
-
-def _fits(group: list[UnitCall], call: UnitCall) -> bool:
-    size = sum(c.targets.numel() for c in group) + call.targets.numel()
-    same_shard = group[0].image // SHARD == call.image // SHARD
-    return call.separable and same_shard and size <= TILE_ELEMENTS and group[0].signature == call.signature
+    yield from map(_stack, groups.values())
 
 
 def _stack(calls: list[UnitCall]) -> Batch:
