@@ -89,6 +89,17 @@ def test_batches_stack_neighbouring_images_and_keep_them_apart():
     assert all(b.stacked.targets.numel() <= TILE_ELEMENTS for b in found)
 
 
+def test_batches_stack_like_calls_of_a_shard_and_leave_big_ones_alone():
+    block = swin_block(0)
+    sides = [14, 13, 14, 210, 13, 210]  # 13 is padded, which takes another argument; 210 fills more than a tile
+    calls = UnitCalls(TensorStore(memory=2**30), "b")
+    with float_only(block):
+        for image, side in enumerate(sides):
+            calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image))[1])
+    found = [[call.image for call in batch.calls] for batch in batches(calls)]
+    assert found == [[3], [5], [0, 2], [1, 4]]
+
+
 def test_whole_calls_are_screened_by_their_gradients():
     block = nn.Conv2d(1, 1, 3)
     calls = UnitCalls(TensorStore(), "b")

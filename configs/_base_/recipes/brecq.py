@@ -4,28 +4,11 @@
 # from the quantized blocks before. Different here: g is the gradient of the detector's distillation loss at the
 # quantized model; attention operands have a range per head (the paper has no transformers); 250 and 150 steps of 16
 # units (theirs: 20000 and 5000 of 32 images) and learning rates to match, so that a demo detector takes minutes.
-_base_ = "./minmax.py"
+_base_ = "./qdrop.py"
 
 quant = dict(
     recipe="brecq",
-    formats=dict(
-        linear=dict(weight=dict(granularity="channel")),
-        qkv=dict(weight=dict(granularity="channel")),
-        products=dict(attention=dict(format="affine")),
-    ),
-    search=dict(
-        metric="module",
-        objective=dict(type="hessian"),
-        rounds=1,
-        order="forward",
-        block_input="quantized",
-        grids=dict(
-            Linear=(0.5, 1.1, 20),
-            Conv2d=(0.5, 1.1, 20),
-            ConvTranspose2d=(0.5, 1.1, 20),
-            MatMul=(0.5, 1.1, 20),
-        ),
-    ),
+    search=dict(objective=dict(type="hessian")),
     reconstruction=[
         dict(weighting="hessian", iterations=250, batch=16, keep_float=1.0, rounding_lr=1e-2, step_lr=0.0),
         dict(weighting="hessian", iterations=150, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
