@@ -1,4 +1,4 @@
-"""Replaying a block many times at the least cost: what cannot change is computed once."""
+"""What one search needs of a block besides its outputs: weights that stay, and the calls of its layers."""
 
 import contextlib
 from collections.abc import Iterator

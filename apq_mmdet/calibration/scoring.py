@@ -187,9 +187,9 @@ def best_candidate(
 
 
 def relative(errors: Tensor) -> Tensor:
-    """Errors over the least one, infinite for NaN."""
+    """Errors over the least one, infinite for NaN; ones where the least one says nothing, being zero or infinite."""
     errors = errors.nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return errors / errors.min()
+    return errors / errors.min() if 0 < float(errors.min()) < float("inf") else torch.ones_like(errors)
 
 
 def _next_screen(expected: Tensor, masses: dict[float, float]) -> float | None:

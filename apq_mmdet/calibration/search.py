@@ -13,6 +13,7 @@ from apq_mmdet.calibration.replay import fixed_weights, layer_calls
 from apq_mmdet.calibration.scoring import (
     PROBE,
     SCREENS,
+    TOGETHER,
     Candidate,
     best_candidate,
     candidate_errors,
@@ -126,7 +127,9 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
         progress.candidates(len(candidates))
         return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
-    if slot.expected is None or len(slot.expected) != len(grid):
+    if len(grid) <= TOGETHER:
+        slot.expected = torch.ones(len(grid), dtype=torch.float64)
+    elif slot.expected is None or len(slot.expected) != len(grid):
         probe = relative(errors.of(slot, grid, PROBE, errors.ranking))
         slot.expected = 1 + (probe - 1) / 2  # the most important units tell candidates apart more than the others do
     choice = best_candidate(evaluate, slot.expected, errors.objective.eliminate, errors.masses(slot), slot.name)
@@ -139,12 +142,17 @@ class SlotErrors:
 
     def __init__(self, module: nn.Module, calls: UnitCalls, search: SearchConfig) -> None:
         self.module, self.calls = module, calls
-        self.of = self.at_module if search.metric == "module" else self.at_block
+        self._at_layers = search.metric == "module"
         self.objective = build_objective(search.objective)
         # candidates are ranked without elimination, which belongs to the block's output
         self.ranking = type(self.objective)()
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
-        self._masses: dict[UnitCalls, dict[float, float]] = {}
+        self._masses: dict[QuantizedLayer | None, dict[float, float]] = {}  # None: of the block
+
+    def of(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
+        """``at_module`` or ``at_block``, as the search demands."""
+        at = self.at_module if self._at_layers else self.at_block
+        return at(slot, candidates, share, objective)
 
     def at_block(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
         """Float64 [candidates]; a lower bound if only a ``share`` of the units is looked at."""
@@ -161,12 +169,13 @@ class SlotErrors:
 
     def masses(self, slot: Slot) -> dict[float, float]:
         """About which part of an error a share of the units makes, for each share that candidates are screened on."""
-        calls = self.calls if self.of == self.at_block else self._recorded(slot.layer)
         if not self.objective.uses_gradients:
             return {share: share for share in SCREENS}
-        if calls not in self._masses:
-            self._masses[calls] = dict(zip(SCREENS, calls.masses(SCREENS), strict=True))
-        return self._masses[calls]
+        layer = slot.layer if self._at_layers else None
+        if layer not in self._masses:  # asked of all processes at once, whatever each of them has recorded
+            calls = self.calls if layer is None else self._recorded(layer)
+            self._masses[layer] = dict(zip(SCREENS, calls.masses(SCREENS), strict=True))
+        return self._masses[layer]
 
     def _recorded(self, layer: QuantizedLayer) -> UnitCalls:
         """The layer's own calls; those of all layers are kept at once where they are small."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from apq_mmdet.layers.integer import in_integer_precision, integer_precision
 from apq_mmdet.quantizers import Quantizer
@@ -22,7 +22,7 @@ UNCONCERNED = (torch.ops.aten.t.default, torch.ops.aten.view.default, torch.ops.
 
 
 @dataclass(frozen=True)
-class Slot:
+class Placeholder:
     """Stands for a tensor that is another one for each candidate."""
 
     index: int
@@ -48,8 +48,9 @@ class Step:
     finished: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self._places = [(place, arg.index) for place, arg in enumerate(self.args) if type(arg) is Slot]
-        self._nested = len(slots_in((self.args, self.kwargs))) > len({index for _, index in self._places})
+        self._places = [(place, arg.index) for place, arg in enumerate(self.args) if type(arg) is Placeholder]
+        placeholders = [leaf for leaf in leaves_of((self.args, self.kwargs)) if isinstance(leaf, Placeholder)]
+        self._nested = len(placeholders) > len(self._places)
 
     def run(self, values: dict[int, Tensor]) -> None:
         """Compute the outputs from the values of the slots, and forget what is finished."""
@@ -67,19 +68,24 @@ class Step:
         if isinstance(output, Tensor):
             values[self.outputs[0]] = output
         else:
-            values.update((s, v) for s, v in zip(self.outputs, tree_leaves(output), strict=True) if s is not None)
+            values.update((s, v) for s, v in zip(self.outputs, leaves_of(output), strict=True) if s is not None)
         for slot in self.finished:
             del values[slot]
 
 
+def leaves_of(tree: Any) -> list[Any]:
+    """What a tree holds, flat."""
+    return tree_flatten(tree)[0]
+
+
 def slots_in(tree: Any) -> set[int]:
     """Which slots there are."""
-    return {leaf.index for leaf in tree_leaves(tree) if isinstance(leaf, Slot)}
+    return {leaf.index for leaf in leaves_of(tree) if isinstance(leaf, Placeholder)}
 
 
 def fill(tree: Any, values: dict[int, Tensor]) -> Any:
     """A tree with the values of its slots."""
-    return tree_map_only(Slot, lambda slot: values[slot.index], tree)
+    return tree_map_only(Placeholder, lambda slot: values[slot.index], tree)
 
 
 class Tape:
@@ -87,7 +93,7 @@ class Tape:
 
     Recorded while the block runs once. A block that reads a number from a tensor that changes, or writes into one that
     does not, cannot be replayed; nor can what happens outside of torch's operators be seen, so that a replay has to be
-    compared with the block once.
+    compared with the block.
 
     Args:
         module: the block.
@@ -123,7 +129,7 @@ def flushed_denormals() -> Iterator[None]:
     """Context in which this thread takes numbers below 1.2e-38 for zero.
 
     Attention to what a shifted window masks is about 1e-44, and CPUs take ten times as long for such numbers; beside
-    the others of a sum they vanish in any case.
+    the others of a sum they vanish in any case. Threads of torch that are running already go on as before.
     """
     before = float(torch.tensor(1e-40) * 1.0) == 0.0
     torch.set_flush_denormal(True)
@@ -135,6 +141,8 @@ def flushed_denormals() -> Iterator[None]:
 
 class Replays:
     """Outputs of a block for one candidate after the other, by tape where that gives the block's own bits.
+
+    They are compared at the second candidate of the first arguments.
 
     Args:
         module: the block.
@@ -167,8 +175,9 @@ class Replays:
                     output = tape.record(*args, **kwargs)
                     self._trusted = self._trusted if tape.replayable else False
                 elif self._trusted is None:
+                    replayed = tape.replay()  # first: it could find an output of the block in memory that is free again
                     output = self._module(*args, **kwargs)
-                    self._trusted = _same_bits(tape.replay(), output)
+                    self._trusted = _same_bits(replayed, output)
                 else:
                     output = tape.replay()
             yield output
@@ -179,7 +188,7 @@ class Replays:
 
 
 def _same_bits(a: Any, b: Any) -> bool:
-    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    pairs = zip(leaves_of(a), leaves_of(b), strict=True)
     return all(torch.equal(x, y) for x, y in pairs if isinstance(y, Tensor))
 
 
@@ -195,7 +204,6 @@ class _Recorder(TorchDispatchMode):
         self._slots: dict[int, int] = {}  # by the id of a tensor
         self._alive: list[Tensor] = []  # while they live, nothing else gets their ids
         self._read: set[int] = set()  # storages of unchanging tensors that steps read
-        self._inside = False  # of a quantizer
 
     @contextlib.contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
@@ -210,11 +218,11 @@ class _Recorder(TorchDispatchMode):
                 del quantizer.__dict__["forward"]
 
     def _call(self, quantizer: Quantizer, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        self._inside = True
+        self.__exit__(None, None, None)  # a compiler refuses to work below a mode
         try:
             output = forward(x)
         finally:
-            self._inside = False
+            self.__enter__()
         if quantizer is self._quantizer or id(x) in self._slots:
             self._append(forward, (x,), {}, output)
         return output
@@ -223,9 +231,7 @@ class _Recorder(TorchDispatchMode):
         """Run an operator, and keep it if it depends on what changes."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if self._inside:
-            return output
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         changing = any(id(t) in self._slots or id(t) in self._seeds for t in tensors)
         if func._schema.is_mutable and not self._writes_safely(func, args, kwargs, changing):
             self.replayable = False
@@ -242,16 +248,16 @@ class _Recorder(TorchDispatchMode):
             for argument in func._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
         ]
-        tensors = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of(written) if isinstance(leaf, Tensor)]
         if changing:
             return all(id(t) in self._slots for t in tensors)
         return not any(_storage(t) in self._read for t in tensors)
 
     def _append(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         self._read |= {_storage(t) for t in tensors if id(t) not in self._slots}
         args, kwargs = self.with_slots((args, kwargs))
-        outputs = [self._slot(value) if isinstance(value, Tensor) else None for value in tree_leaves(output)]
+        outputs = [self._slot(value) if isinstance(value, Tensor) else None for value in leaves_of(output)]
         narrow = in_integer_precision() and function not in UNCONCERNED
         self.steps.append(Step(function, args, kwargs, outputs, narrow))
 
@@ -263,7 +269,7 @@ class _Recorder(TorchDispatchMode):
 
     def with_slots(self, tree: Any) -> Any:
         """A tree with slots for the tensors that change."""
-        return tree_map_only(Tensor, lambda t: Slot(self._slots[id(t)]) if id(t) in self._slots else t, tree)
+        return tree_map_only(Tensor, lambda t: Placeholder(self._slots[id(t)]) if id(t) in self._slots else t, tree)
 
 
 def _storage(tensor: Tensor) -> int:

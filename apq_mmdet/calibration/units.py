@@ -218,8 +218,8 @@ class UnitCalls:
     def _energy(self, share: float) -> float:
         left_out = self._unimportant(share)
         return sum(
-            float(energies[math.ceil(share * len(energies)) - 1])
-            for index, energies in enumerate(self._energies)
+            float(energies[math.ceil(share * len(energies)) - 1 if call.separable else -1])
+            for index, (call, energies) in enumerate(zip(self._calls, self._energies, strict=True))
             if index not in left_out
         )
 

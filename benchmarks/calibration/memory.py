@@ -43,7 +43,9 @@ def run(args: argparse.Namespace, images: Path, recipe: str, number: int) -> dic
     line = [*start, str(ROOT / "tools" / "quantize_det.py"), args.config, args.checkpoint, "--no-eval"]
     line += ["--work-dir", str(folder), "--recipe", recipe, "--num-calib", str(number), "--calib-dir", str(images)]
     line += ["--w-bits", "4", "--a-bits", "4", "--device", "cpu", "--memory-budget", str(args.memory_budget)]
-    line += ["--cfg-options", *args.cfg_options] if args.cfg_options else []
+    # what changes a search would give the model's own run one
+    options = [o for o in args.cfg_options if recipe == args.recipe or not o.startswith("model.quant.")]
+    line += ["--cfg-options", *options] if options else []
     line += ["--launcher", "pytorch"] if args.processes > 1 else []
     with (args.work_dir / f"{recipe}_{number}.log").open("w") as log:
         subprocess.run(line, check=True, stdout=log, stderr=log)

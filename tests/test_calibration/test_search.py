@@ -302,3 +302,25 @@ def test_grids_by_role_win_over_grids_by_kind():
         role = name.rpartition(".")[2]
         first, last = {"key": (0.5, 0.6), "weight": (0.7, 0.8), "input": (1, 1)}.get(role, (0.9, 1.1))
         assert first - 1e-9 <= factor <= last + 1e-9, name
+
+
+def test_processes_ask_each_other_alike_whatever_they_have_recorded(monkeypatch):
+    """One process keeps the calls of all layers, another makes them anew: both take part in the same exchanges."""
+    settings = recipe("ptq4vit", search=dict(grids=short_grids(12)))
+    asked = []
+    for most in (2**28, 0):
+        torch.manual_seed(0)
+        block, calls = prepared(0, settings)
+        exchanges = []
+        monkeypatch.setattr("apq_mmdet.calibration.search.MOST_RECORDED", most)
+        for module in ("search", "scoring", "units"):
+
+            def note(value, module=module, exchanges=exchanges):
+                exchanges.append(module)
+                return [value]
+
+            monkeypatch.setattr(f"apq_mmdet.calibration.{module}.gather", note)
+        search(block, calls, settings.search)
+        asked.append(exchanges)
+    assert asked[0] == asked[1]
+    assert "units" in asked[0]

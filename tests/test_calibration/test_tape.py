@@ -11,6 +11,8 @@ from apq_mmdet.calibration.units import to_units
 from apq_mmdet.layers import quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.layers.integer import in_integer_precision
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+from apq_mmdet.quantizers.affine import shifted_codes
+from apq_mmdet.quantizers.fused import Fused
 
 FACTORS = (1.0, 0.5, 0.8, 0.3)
 
@@ -180,12 +182,22 @@ def write_into_what_changes(y, x):
     return torch.add(y, x, out=torch.empty_like(y).copy_(y))
 
 
+def write_into_an_operand(y, x):
+    return torch.add(y, x, out=y)
+
+
 def write_into_a_constant_that_only_constants_see(y, x):
     return y + x.add_(1).mul_(2)
 
 
 @pytest.mark.parametrize(
-    "between", [several_outputs, write_into_what_changes, write_into_a_constant_that_only_constants_see]
+    "between",
+    [
+        several_outputs,
+        write_into_what_changes,
+        write_into_an_operand,
+        write_into_a_constant_that_only_constants_see,
+    ],
 )
 @torch.no_grad()
 def test_what_can_be_replayed(between):
@@ -193,6 +205,23 @@ def test_what_can_be_replayed(between):
     quantizer = block.a.quantizers["weight"]
     replays = Replays(block, quantizer)
     found = list(replays.outputs(parameters(quantizer), 0, (x,), {}))
+    assert replays._trusted
+    assert equal(found, own_outputs(block, quantizer, x))
+
+
+@torch.no_grad()
+def test_compiled_formulas_stay_compiled(monkeypatch):
+    fused = Fused(shifted_codes.function, devices=("cpu",))
+    monkeypatch.setattr("apq_mmdet.quantizers.affine.shifted_codes", fused)
+    block, x = quantized(lambda y, x: y)
+    for quantizer in quantizers_of(block):
+        quantizer.mode = QuantizerMode.CODES
+    quantizer = block.a.quantizers["input"]
+    replays = Replays(block, quantizer)
+    found = list(replays.outputs(parameters(quantizer), 0, (x,), {}))
+    assert replays._trusted
+    assert fused._compiled is not None
+    assert not fused._failed
     assert equal(found, own_outputs(block, quantizer, x))
 
 
