@@ -133,6 +133,7 @@ def best_candidate(
     eliminate: float,
     masses: dict[float, float],
     name: str,
+    bounds: Tensor | None = None,
 ) -> Choice:
     """The candidate of least error, the first one where several tie; exact.
 
@@ -145,13 +146,14 @@ def best_candidate(
         eliminate: share of an image's elements that the objective drops, whichever they are.
         masses: about which part of an error a share of the units makes, by share.
         name: of the quantizer, for the error.
+        bounds: lower bounds of all errors where some are known, float64.
 
     Raises:
         CalibrationError: the error of every candidate is NaN or infinite.
     """
     number = len(expected)
     expected = relative(expected)
-    bounds = torch.zeros(number, dtype=torch.float64)
+    bounds = torch.zeros(number, dtype=torch.float64) if bounds is None else bounds.clone()
     full: dict[int, float] = {}
 
     def evaluate(candidates: list[int]) -> None:
@@ -195,11 +197,16 @@ def relative(errors: Tensor) -> Tensor:
 def _next_screen(expected: Tensor, masses: dict[float, float]) -> float | None:
     """The share on which to screen candidates next at the least work, or None where evaluating all of them is less.
 
-    Work is counted in full evaluations: those on the share, and those of the candidates that it is expected to leave.
+    Work is counted in full evaluations: those on the share, and those of the candidates that it is expected to leave,
+    on larger shares first where that spares more.
     """
     number = len(expected)
     if number <= TOGETHER:
         return None
-    work = {share: share * number + float((~(expected * mass > 1)).sum()) for share, mass in masses.items()}
+    plans: list[tuple[float, float, float]] = []  # (share, candidates left behind it, work from there on)
+    for share, mass in sorted(masses.items(), reverse=True):
+        left = float((~(expected * mass > 1)).sum())
+        plans.append((share, left, min([left, *(later * left + work for later, _, work in plans)])))
+    work = {share: share * number + rest for share, _, rest in plans}
     best = min(work, key=work.__getitem__, default=None)
     return best if best is not None and work[best] < WORTHWHILE * number else None

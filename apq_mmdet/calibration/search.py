@@ -127,12 +127,17 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
         progress.candidates(len(candidates))
         return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
+    masses, bounds, eliminate = errors.masses(slot), None, errors.objective.eliminate
     if len(grid) <= TOGETHER:
         slot.expected = torch.ones(len(grid), dtype=torch.float64)
     elif slot.expected is None or len(slot.expected) != len(grid):
-        probe = relative(errors.of(slot, grid, PROBE, errors.ranking))
-        slot.expected = 1 + (probe - 1) / 2  # the most important units tell candidates apart more than the others do
-    choice = best_candidate(evaluate, slot.expected, errors.objective.eliminate, errors.masses(slot), slot.name)
+        probe = errors.of(slot, grid, PROBE, errors.ranking)
+        if not eliminate:  # it is a screen already
+            bounds, masses = probe, {share: mass for share, mass in masses.items() if share > PROBE}
+        slot.expected = (
+            1 + (relative(probe) - 1) / 2
+        )  # the most important units tell candidates apart more than the others do
+    choice = best_candidate(evaluate, slot.expected, eliminate, masses, slot.name, bounds)
     slot.expected = choice.expected
     return grid[choice.best]
 
