@@ -15,8 +15,6 @@ from apq_mmdet.layers.integer import in_integer_precision, integer_precision
 from apq_mmdet.quantizers import Quantizer
 
 HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # Python may go on with what they give
-
-
 # operators around a product that need no precision: switching it takes as long as they do
 UNCONCERNED = (torch.ops.aten.t.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
@@ -128,8 +126,8 @@ class Tape:
 def flushed_denormals() -> Iterator[None]:
     """Context in which this thread takes numbers below 1.2e-38 for zero.
 
-    Attention to what a shifted window masks is about 1e-44, and CPUs take ten times as long for such numbers; beside
-    the others of a sum they vanish in any case. Threads of torch that are running already go on as before.
+    Attention to what a shifted window masks is about 1e-44, and CPUs take several times as long for such numbers;
+    beside the others of a sum they vanish in any case. Threads of torch that are running already go on as before.
     """
     before = float(torch.tensor(1e-40) * 1.0) == 0.0
     torch.set_flush_denormal(True)

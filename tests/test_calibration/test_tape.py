@@ -33,6 +33,14 @@ def equal(found, wanted):
     return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def check_replays(block, quantizer, *args):
+    """Outputs come from the tape and have the block's own bits."""
+    replays = Replays(block, quantizer)
+    found = list(replays.outputs(parameters(quantizer), 0, args, {}))
+    assert replays._trusted
+    assert equal(found, own_outputs(block, quantizer, *args))
+
+
 @pytest.mark.parametrize("mode", [QuantizerMode.QUANTIZE, QuantizerMode.CODES])
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
 @torch.no_grad()
@@ -202,11 +210,7 @@ def write_into_a_constant_that_only_constants_see(y, x):
 @torch.no_grad()
 def test_what_can_be_replayed(between):
     block, x = quantized(between)
-    quantizer = block.a.quantizers["weight"]
-    replays = Replays(block, quantizer)
-    found = list(replays.outputs(parameters(quantizer), 0, (x,), {}))
-    assert replays._trusted
-    assert equal(found, own_outputs(block, quantizer, x))
+    check_replays(block, block.a.quantizers["weight"], x)
 
 
 @torch.no_grad()
@@ -216,24 +220,16 @@ def test_compiled_formulas_stay_compiled(monkeypatch):
     block, x = quantized(lambda y, x: y)
     for quantizer in quantizers_of(block):
         quantizer.mode = QuantizerMode.CODES
-    quantizer = block.a.quantizers["input"]
-    replays = Replays(block, quantizer)
-    found = list(replays.outputs(parameters(quantizer), 0, (x,), {}))
-    assert replays._trusted
+    check_replays(block, block.a.quantizers["input"], x)
     assert fused._compiled is not None
     assert not fused._failed
-    assert equal(found, own_outputs(block, quantizer, x))
 
 
 @torch.no_grad()
 def test_a_layer_that_runs_twice():
     block, x = quantized(lambda y, x: y)
     block.b = block.a
-    quantizer = block.a.quantizers["input"]
-    replays = Replays(block, quantizer)
-    found = list(replays.outputs(parameters(quantizer), 0, (x,), {}))
-    assert replays._trusted
-    assert equal(found, own_outputs(block, quantizer, x))
+    check_replays(block, block.a.quantizers["input"], x)
 
 
 @torch.no_grad()
