@@ -141,6 +141,7 @@ def _rank(spec: Spec) -> tuple[int, ...]:
 
 BASE = Spec(detector="mask-rcnn", scope="backbone", bits="W4A4", recipe="apq_fast")
 PLUS = replace(BASE, bits="W3A3", recipe="apq_plus")  # at these bits its parts tell
+TWO = replace(PLUS, bits="W2A4")
 _SEARCH, _FORMATS = "model.quant.search", "model.quant.formats"
 _ATTENTION = f"{_FORMATS}.products.attention"
 
@@ -194,9 +195,12 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "weights rounded to nearest": _changed("model.quant.compensation.rounding", False, PLUS),
         "tokens weighted by gradients": _changed("model.quant.compensation.weighted", True, PLUS),
         "damping 0.02": _changed("model.quant.compensation.damping", 0.02, PLUS),
-        "then learned rounding": replace(
-            PLUS, options={"model.quant.reconstruction.iterations": 200, "model.quant.reconstruction.batch": 16}
-        ),
+        "learned codes too": _changed("model.quant.reconstruction.most_bits", 3, PLUS),
+    },
+    "learned codes of apq_plus": {
+        "straight through": TWO,
+        "none": _changed("model.quant.reconstruction", None, TWO),
+        "softly, as AdaRound": _changed("model.quant.reconstruction.rounding", "adaround", TWO),
     },
 }
 

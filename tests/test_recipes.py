@@ -1,5 +1,7 @@
 """Every shipped recipe: it parses, calibrates, and its checkpoint gives the calibrated model back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import ROOT, build_swin, recipe, short_grids
@@ -54,6 +56,7 @@ def test_recipe(name):
 
 
 PARTS = {  # what makes a recipe what it is
+    "apq_plus": lambda r: [(s.rounding, s.most_bits) for s in r.reconstruction] == [("straight_through", 2)],
     "percentile": lambda r: r.observer == "percentile" and r.search is None,
     "base_ptq": lambda r: r.search.objective == dict(type="cosine") and r.search.rounds == 1,
     "ptq4vit": lambda r: r.search.objective == dict(type="hessian") and r.search.rounds == 3,
@@ -183,6 +186,15 @@ def test_a_block_is_searched_by_its_own_objective(monkeypatch):
     report = calibrate(quantized(settings), IMAGES, settings)
     assert kinds == ["cosine" if block.block.endswith(".blocks.1") else "mse" for block in report.blocks]
     assert "cosine" in kinds
+
+
+@pytest.mark.parametrize(("bits", "learned"), [(2, 6), (3, 0)])
+def test_apq_plus_learns_where_weights_have_two_bits(bits, learned, monkeypatch):
+    settings = replace(shortened("apq_plus"), policy=replace(recipe("apq_plus").policy, w_bits=bits))
+    blocks = []
+    monkeypatch.setattr(calibrator, "reconstruct", lambda module, *_: blocks.append(module))
+    calibrate(quantized(settings), IMAGES, settings)
+    assert len(blocks) == learned
 
 
 def test_inputs_that_apq_plus_divides():

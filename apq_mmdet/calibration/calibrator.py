@@ -18,7 +18,7 @@ from apq_mmdet.calibration.output_compensation import fit_output_compensation
 from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
-from apq_mmdet.calibration.reconstruction import reconstruct
+from apq_mmdet.calibration.reconstruction import reconstruct, worth_reconstructing
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore
@@ -252,8 +252,9 @@ def _finish_one(
         progress.quantizer("compensation")
         compensate(module, calls, recipe.compensation)
     for number, stage in enumerate(recipe.reconstruction):
-        progress.quantizer("reconstruction")
-        reconstruct(module, calls, stage, seed + number, progress.candidates)
+        if worth_reconstructing(module, stage):
+            progress.quantizer("reconstruction")
+            reconstruct(module, calls, stage, seed + number, progress.candidates)
     fit_output_compensation(block, module, calls)
     calls.drop()
     return factors

@@ -67,7 +67,6 @@ class LearnedRounding(Learned):
     def __init__(self, layers: list[QuantizedLayer], weight: float) -> None:
         self._layers = layers
         self._weight = weight
-        self._sizes = [layer.weight.numel() for layer in layers]
         columns = zip(*([t.flatten() for t in _neighbours(layer)] for layer in layers), strict=True)
         self._below, above, share = (torch.cat(column) for column in columns)  # each [n]
         self._gap = above - self._below
@@ -76,7 +75,7 @@ class LearnedRounding(Learned):
     def use(self) -> None:
         """See the base class."""
         soft = torch.addcmul(self._below, self._gap, _rectified_sigmoid(self.values.sigmoid()))
-        for layer, weight in zip(self._layers, self._by_layer(soft), strict=True):
+        for layer, weight in zip(self._layers, split_like(soft, self._layers), strict=True):
             layer.quantizers["weight"].fixed = weight
 
     def own_grad(self, done: float) -> Tensor | float:
@@ -92,13 +91,9 @@ class LearnedRounding(Learned):
 
     def write(self) -> None:
         """Put the weights on their grids: exactly what their quantizers decode, so that these give the same codes."""
-        for layer, up in zip(self._layers, self._by_layer(self.values.detach() >= 0), strict=True):
+        for layer, up in zip(self._layers, split_like(self.values.detach() >= 0, self._layers), strict=True):
             codes = torch.where(up, *reversed(_codes_around(layer)))
             layer.weight.copy_(layer.quantizers["weight"].decode(codes))
-
-    def _by_layer(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split(self._sizes)
-        return [part.view_as(layer.weight) for part, layer in zip(parts, self._layers, strict=True)]
 
 
 def _rectified_sigmoid(sigmoid: Tensor) -> Tensor:
@@ -123,11 +118,81 @@ def _neighbours(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
     return quantizer.decode(below), quantizer.decode(above), share
 
 
+class LearnedCodes(Learned):
+    """Weights whose codes move by learning, straight through their rounding (Bengio et al., 2013, arXiv 1308.3432).
+
+    In codes less the zero point ``W' = s clamp(round(c + V), lowest, highest)``. V starts at 0, where W' is the
+    quantized weight of before, and a code moves once V has gathered half a step. So noise moves nothing, and weights
+    that are on their grid already, such as those of a compensation, can go either way; LearnedRounding lets them go up
+    only.
+    V counts steps: a learning rate means the same for every layer. It falls to zero along a cosine.
+
+    Args:
+        layers: layers with quantized weights of linear formats; they are left alone until ``write``.
+
+    Attributes:
+        values: V, of all weights.
+    """
+
+    def __init__(self, layers: list[QuantizedLayer]) -> None:
+        self._layers = layers
+        columns = zip(*(_codes_and_bounds(layer) for layer in layers), strict=True)
+        self._start, self._low, self._high, self._scale = (torch.cat(column) for column in columns)  # each [n]
+        self.values = torch.zeros_like(self._start).requires_grad_()
+
+    def use(self) -> None:
+        """See the base class."""
+        with torch.no_grad():  # beyond the ends there is nothing to gather
+            self.values.clamp_(self._low - self._start, self._high - self._start)
+        codes = self._codes() + (self.values - self.values.detach())
+        for layer, weight in zip(self._layers, split_like(codes * self._scale, self._layers), strict=True):
+            layer.quantizers["weight"].fixed = weight
+
+    def rate(self, done: float) -> float:
+        """See the base class."""
+        return falling(done)
+
+    def write(self) -> None:
+        """Put the weights on their grids: exactly what their quantizers decode, so that these give the same codes."""
+        for layer, codes in zip(self._layers, split_like(self._codes(), self._layers), strict=True):
+            quantizer = layer.quantizers["weight"]
+            zero_point = quantizer.per_element(quantizer.zero_point, layer.weight)
+            layer.weight.copy_(quantizer.decode(codes.to(torch.int32) + zero_point))
+
+    def _codes(self) -> Tensor:
+        """Codes less the zero point, as floats, [n]; without gradients."""
+        return (self._start + self.values.detach()).round_().clamp_(self._low, self._high)
+
+
+def _codes_and_bounds(layer: QuantizedLayer) -> tuple[Tensor, ...]:
+    """Codes less the zero point, their bounds, and the scale, of each weight: float32, [weights] each."""
+    quantizer, weight = layer.quantizers["weight"], layer.weight.detach()
+    zero_point = quantizer.per_element(quantizer.zero_point, weight)
+    parts = (
+        quantizer.encode(weight) - zero_point,
+        quantizer.code_min - zero_point,
+        quantizer.code_max - zero_point,
+        quantizer.per_element(quantizer.scale, weight),
+    )
+    return tuple(part.float().expand_as(weight).flatten() for part in parts)
+
+
+def split_like(flat: Tensor, layers: list[QuantizedLayer]) -> list[Tensor]:
+    """A vector over the weights of all layers as one tensor for each layer, in the shape of its weight."""
+    parts = flat.split([layer.weight.numel() for layer in layers])
+    return [part.view_as(layer.weight) for part, layer in zip(parts, layers, strict=True)]
+
+
+def falling(done: float) -> float:
+    """Share of the learning rate after a share ``done`` of the training: a cosine that falls to zero, as QDrop's."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
 class LearnedSteps(Learned):
     """Step sizes of activations, ``s = s0 exp(r)``; zero points stay.
 
     On this scale a learning rate is a relative change, the same for every quantizer, and steps stay positive. It falls
-    to zero along a cosine, as QDrop's. A format's bound on its range (MPQ) is kept.
+    to zero along a cosine. A format's bound on its range (MPQ) is kept.
 
     Args:
         activations: stand-ins for calibrated quantizers of linear formats.
@@ -150,7 +215,7 @@ class LearnedSteps(Learned):
 
     def rate(self, done: float) -> float:
         """See the base class."""
-        return 0.5 * (1 + math.cos(math.pi * done))
+        return falling(done)
 
     def write(self) -> None:
         """See the base class."""

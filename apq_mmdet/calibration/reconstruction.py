@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
 from apq_mmdet.calibration.distributed import gather
-from apq_mmdet.calibration.learned import Learned, LearnedRounding, LearnedSteps, TrainedActivation, trained_activations
+from apq_mmdet.calibration.learned import (
+    Learned,
+    LearnedCodes,
+    LearnedRounding,
+    LearnedSteps,
+    TrainedActivation,
+    trained_activations,
+)
 from apq_mmdet.calibration.minibatches import Minibatches
 from apq_mmdet.calibration.scoring import sum_by_image
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
-from apq_mmdet.policy import refuse_unknown
+from apq_mmdet.policy import check_bits, refuse_unknown
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 CHECKED = 50  # iterations between two looks at the parameters
@@ -53,11 +60,18 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
 }
 
 
+ROUNDINGS = ("adaround", "straight_through")
+
+
 @dataclass(frozen=True)
 class ReconstructionConfig:
     """How a block is reconstructed.
 
     Args:
+        rounding: how roundings are learned: 'adaround', softly between the two nearest codes, of which a regulariser
+            picks one; or 'straight_through', codes that move by whole steps, for weights on their grids already.
+        most_bits: a block none of whose weights has so few bits stays as it is: with many, it costs time and gains
+            nothing.
         weighting: what an output's squared error counts by: 'none', 'hessian' (g^2), 'absolute' (abs(g)), or 'fisher'
             (abs(g) and a matrix of rank one for each unit).
         iterations: training steps.
@@ -65,9 +79,11 @@ class ReconstructionConfig:
         keep_float: probability that an element of an activation stays float in a step (QDrop: 0.5); 0 for none.
         rounding_lr: Adam's learning rate of the rounding variables; 0 leaves weights as they are.
         step_lr: Adam's learning rate of the logarithms of activation steps; 0 leaves them as they are.
-        rounding_weight: weight of the regulariser that ends the softness of roundings; the loss starts at 1.
+        rounding_weight: weight of AdaRound's regulariser that ends the softness of roundings; the loss starts at 1.
     """
 
+    rounding: str = "adaround"
+    most_bits: int = 8
     weighting: str = "hessian"
     iterations: int = 1000
     batch: int = 32
@@ -85,6 +101,10 @@ class ReconstructionConfig:
         config = dict(config)
         if "weighting" in config:
             refuse_unknown([config["weighting"]], WEIGHTINGS, f"{where}.weighting")
+        if "rounding" in config:
+            refuse_unknown([config["rounding"]], ROUNDINGS, f"{where}.rounding")
+        if "most_bits" in config:
+            check_bits(config["most_bits"], f"{where}.most_bits")
         for key in ("iterations", "batch"):
             value = config.get(key, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -97,6 +117,11 @@ class ReconstructionConfig:
         if not made.rounding_lr and not made.step_lr:
             raise BadInputError(f"{where}: nothing is learned with rounding_lr=0 and step_lr=0")
         return made
+
+
+def worth_reconstructing(module: nn.Module, config: ReconstructionConfig) -> bool:
+    """Whether a block has weights of as few bits as a stage asks for."""
+    return any(int(layer.quantizers["weight"].bits) <= config.most_bits for layer in _with_weight(module))
 
 
 @torch.no_grad()
@@ -219,7 +244,9 @@ def _learned(
     linear = [a for a in activations if a.quantizer.linear]
     learned: list[tuple[Learned, float]] = []
     if layers and config.rounding_lr:
-        learned.append((LearnedRounding(layers, config.rounding_weight), config.rounding_lr))
+        soft = config.rounding == "adaround"
+        rounding = LearnedRounding(layers, config.rounding_weight) if soft else LearnedCodes(layers)
+        learned.append((rounding, config.rounding_lr))
     if linear and config.step_lr:
         learned.append((LearnedSteps(linear), config.step_lr))
     if not learned:

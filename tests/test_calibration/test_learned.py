@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from apq_mmdet.calibration.learned import LearnedRounding, LearnedSteps, TrainedActivation, trained_activations
+from apq_mmdet.calibration.learned import (
+    LearnedCodes,
+    LearnedRounding,
+    LearnedSteps,
+    TrainedActivation,
+    trained_activations,
+)
 from apq_mmdet.layers.base import to_quantized
 from apq_mmdet.quantizers import AffineQuantizer, MatthewQuantizer
 
@@ -71,6 +77,36 @@ def test_gradient_of_the_regulariser():
         (want,) = torch.autograd.grad(0.3 * (1 - (2 * h - 1).abs() ** beta).sum(), values)
         torch.testing.assert_close(rounding.own_grad(done).double(), want, rtol=1e-4, atol=1e-6)
     assert rounding.own_grad(1.0)[5] == 0  # out of range, and not moved by anything
+
+
+def test_codes_move_by_hand():
+    # codes 0..3 with zero points 1 and 0
+    layer = linear([[0.5, -0.5, 1.0, 0.0], [1.0, 1.0, 3.0, 0.0]], [0.5, 1.0], [1, 0], bits=2)
+    before = layer.weight.detach().clone()
+    learned = LearnedCodes([layer])
+    assert torch.equal(soft(learned, layer), before)
+    with torch.no_grad():
+        learned.values[:] = torch.tensor([0.6, -0.7, 0.9, -0.4, -1.2, 0.4, 0.6, 0.51])
+    used = soft(learned, layer).clone()
+    want = torch.tensor([[1.0, -0.5, 1.0, 0.0], [0.0, 1.0, 3.0, 1.0]])
+    assert torch.equal(used, want)
+    assert torch.equal(layer.weight, before)  # not before they are written
+    # nothing is gathered beyond the ends of a range
+    assert learned.values.tolist() == pytest.approx([0.6, 0.0, 0.0, -0.4, -1.0, 0.4, 0.0, 0.51])
+    with torch.no_grad():
+        learned.write()
+    assert torch.equal(layer.weight, want)
+    assert torch.equal(layer.quantizers["weight"].fake_quantize(want), want)
+
+
+def test_gradients_of_codes_count_steps():
+    layers = [linear([[0.5, 1.0]], [0.5], [1], bits=2), linear([[4.0], [3.0]], [4.0, 3.0], [0, 0], bits=2)]
+    learned = LearnedCodes(layers)
+    learned.use()
+    loss = sum((layer.quantizers["weight"].fixed * (2 + i)).sum() for i, layer in enumerate(layers))
+    (grad,) = torch.autograd.grad(loss, learned.values)
+    assert grad.tolist() == [1.0, 1.0, 12.0, 9.0]
+    assert [learned.rate(done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 def test_gradient_of_a_step_by_hand():

@@ -8,7 +8,13 @@ from helpers import build_swin, process_group, recipe
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
-from apq_mmdet.calibration.reconstruction import WEIGHTINGS, ReconstructionConfig, reconstruct
+from apq_mmdet.calibration.reconstruction import (
+    ROUNDINGS,
+    WEIGHTINGS,
+    ReconstructionConfig,
+    reconstruct,
+    worth_reconstructing,
+)
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units
 from apq_mmdet.errors import BadInputError, CalibrationError
@@ -91,12 +97,13 @@ def objective(module, calls, weighting):
     return total / units
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("weighting", ["none", "hessian", "absolute"])
 @pytest.mark.parametrize("make", [linear, convolution, swin_block])
-def test_lowers_its_objective(make, weighting):
+def test_lowers_its_objective(make, weighting, rounding):
     module, calls = make()
     before = objective(module, calls, weighting)
-    done = reconstruct(module, calls, replace(QUICK, weighting=weighting), seed=0)
+    done = reconstruct(module, calls, replace(QUICK, weighting=weighting, rounding=rounding), seed=0)
     assert done["kept"]
     # a value on the edge of two codes rounds differently in float32 now and then
     assert done["before"] == pytest.approx(before, rel=0.02)
@@ -105,9 +112,13 @@ def test_lowers_its_objective(make, weighting):
     assert all(q.mode is QuantizerMode.QUANTIZE and q.fixed is None for q in quantizers_of(module))
 
 
+def with_weights(module):
+    return [layer for _, layer in quantized_layers(module) if "weight" in layer.quantizers]
+
+
 def test_weights_end_on_their_grids_at_most_one_code_from_nearest():
     view, calls = swin_block()
-    layers = [layer for _, layer in quantized_layers(view) if "weight" in layer.quantizers]
+    layers = with_weights(view)
     nearest = [layer.quantizers["weight"].encode(layer.weight.detach()) for layer in layers]
     grids = [(q.scale.clone(), q.zero_point.clone()) for q in (layer.quantizers["weight"] for layer in layers)]
     zero_points = [q.zero_point.clone() for q in quantizers_of(view)]
@@ -123,6 +134,24 @@ def test_weights_end_on_their_grids_at_most_one_code_from_nearest():
         moved += int((quantizer.encode(weight) != codes).sum())
     assert moved > 20
     assert all(torch.equal(q.zero_point, z) for q, z in zip(quantizers_of(view), zero_points, strict=True))
+
+
+@torch.no_grad()
+def test_codes_straight_through_leave_the_weights_on_their_grids():
+    view, calls = swin_block()
+    before = [layer.quantizers["weight"].encode(layer.weight) for layer in with_weights(view)]
+    reconstruct(view, calls, replace(QUICK, rounding="straight_through"), seed=0)
+    moves = []
+    for layer, codes in zip(with_weights(view), before, strict=True):
+        assert torch.equal(layer.quantizers["weight"].fake_quantize(layer.weight), layer.weight)
+        moves.append(layer.quantizers["weight"].encode(layer.weight) - codes)
+    assert min(int(m.min()) for m in moves) < 0 < max(int(m.max()) for m in moves)
+
+
+@pytest.mark.parametrize(("most_bits", "worth"), [(2, False), (3, True), (8, True)])
+def test_blocks_of_many_bits_are_not_worth_it(most_bits, worth):
+    view, _ = swin_block()
+    assert worth_reconstructing(view, replace(QUICK, most_bits=most_bits)) is worth
 
 
 def state_after(config, seed, make=swin_block):
@@ -279,7 +308,7 @@ def test_gradients_are_means_over_the_units_of_a_minibatch(batch, monkeypatch):
 
     monkeypatch.setattr(torch.optim.Adam, "step", note)
     for size in (batch, 8):
-        reconstruct(block, alike, replace(QUICK, batch=size, keep_float=0.0, iterations=1), seed=0)
+        reconstruct(copy.deepcopy(block), alike, replace(QUICK, batch=size, keep_float=0.0, iterations=1), seed=0)
     assert float(seen[0][0].abs().max()) > 0.01
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -308,6 +337,8 @@ def test_float_function_of_the_rest_is_kept():
     [
         (dict(iteration=5), r"quant.reconstruction: unknown key 'iteration'; did you mean 'iterations'"),
         (dict(weighting="hesian"), r"quant.reconstruction.weighting: unknown key 'hesian'; did you mean 'hessian'"),
+        (dict(rounding="adarond"), r"quant.reconstruction.rounding: unknown key 'adarond'; did you mean 'adaround'"),
+        (dict(most_bits=9), r"quant.reconstruction.most_bits: bits must be a whole number from 2 to 8, got 9"),
         (dict(iterations=0), r"quant.reconstruction.iterations: expected a whole number >= 1, got 0"),
         (dict(batch=1.5), r"quant.reconstruction.batch: expected a whole number >= 1, got 1.5"),
         (dict(batch=True), r"quant.reconstruction.batch"),

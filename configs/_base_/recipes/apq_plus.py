@@ -30,4 +30,15 @@ quant = dict(
         ),
     ),
     compensation=dict(activations=True, rounding=True, ranges=41, damping=0.1, weighted=False),
+    # four levels a weight are too few for closed forms alone
+    reconstruction=dict(
+        most_bits=2,
+        rounding="straight_through",
+        weighting="none",
+        iterations=200,
+        batch=16,
+        keep_float=0.0,
+        rounding_lr=0.01,
+        step_lr=5e-3,
+    ),
 )
