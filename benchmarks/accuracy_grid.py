@@ -200,7 +200,10 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
     "learned codes of apq_plus": {
         "straight through": TWO,
         "none": _changed("model.quant.reconstruction", None, TWO),
-        "softly, as AdaRound": _changed("model.quant.reconstruction.rounding", "adaround", TWO),
+        "softly, as AdaRound": replace(  # which starts at one end of the way between two codes and has far to go
+            TWO,
+            options={"model.quant.reconstruction.rounding": "adaround", "model.quant.reconstruction.rounding_lr": 0.05},
+        ),
     },
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import ABLATIONS, BASE, DETECTORS, GROUNDS, PLUS, SCOPES, Spec, base_of, label
+from accuracy_grid import ABLATIONS, BASE, DETECTORS, GROUNDS, PLUS, SCOPES, TWO, Spec, base_of, label
 
 Row = dict[str, Any]
 TASKS = ("bbox", "segm")
@@ -283,7 +283,8 @@ def _val_sizes(rows: Sequence[Row]) -> list[int | None]:
 def _ablation_text() -> str:
     return (
         f"Single changes of `{BASE.recipe}`, {BASE.detector}, {BASE.ground}, scope `{BASE.scope}`, {BASE.bits}, "
-        f"{BASE.num_calib} images (the base), and of `{PLUS.recipe}` at {PLUS.bits}. Where nothing is said, one seed."
+        f"{BASE.num_calib} images (the base), and of `{PLUS.recipe}` at {PLUS.bits} and {TWO.bits}. Where nothing is "
+        "said, one seed."
     )
 
 

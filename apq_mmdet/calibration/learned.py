@@ -75,7 +75,7 @@ class LearnedRounding(Learned):
     def use(self) -> None:
         """See the base class."""
         soft = torch.addcmul(self._below, self._gap, _rectified_sigmoid(self.values.sigmoid()))
-        for layer, weight in zip(self._layers, split_like(soft, self._layers), strict=True):
+        for layer, weight in zip(self._layers, _split_like(soft, self._layers), strict=True):
             layer.quantizers["weight"].fixed = weight
 
     def own_grad(self, done: float) -> Tensor | float:
@@ -91,7 +91,7 @@ class LearnedRounding(Learned):
 
     def write(self) -> None:
         """Put the weights on their grids: exactly what their quantizers decode, so that these give the same codes."""
-        for layer, up in zip(self._layers, split_like(self.values.detach() >= 0, self._layers), strict=True):
+        for layer, up in zip(self._layers, _split_like(self.values.detach() >= 0, self._layers), strict=True):
             codes = torch.where(up, *reversed(_codes_around(layer)))
             layer.weight.copy_(layer.quantizers["weight"].decode(codes))
 
@@ -123,8 +123,8 @@ class LearnedCodes(Learned):
 
     In codes less the zero point ``W' = s clamp(round(c + V), lowest, highest)``. V starts at 0, where W' is the
     quantized weight of before, and a code moves once V has gathered half a step. So noise moves nothing, and weights
-    that are on their grid already, such as those of a compensation, can go either way; LearnedRounding lets them go up
-    only.
+    that are on their grid already, such as those of a compensation, can go either way; LearnedRounding would start at
+    one end of the way between two codes.
     V counts steps: a learning rate means the same for every layer. It falls to zero along a cosine.
 
     Args:
@@ -136,54 +136,50 @@ class LearnedCodes(Learned):
 
     def __init__(self, layers: list[QuantizedLayer]) -> None:
         self._layers = layers
-        columns = zip(*(_codes_and_bounds(layer) for layer in layers), strict=True)
-        self._start, self._low, self._high, self._scale = (torch.cat(column) for column in columns)  # each [n]
+        columns = zip(*(_codes_and_room(layer) for layer in layers), strict=True)
+        self._start, self._most_down, self._most_up, self._scale = (torch.cat(column) for column in columns)  # each [n]
         self.values = torch.zeros_like(self._start).requires_grad_()
 
     def use(self) -> None:
         """See the base class."""
         with torch.no_grad():  # beyond the ends there is nothing to gather
-            self.values.clamp_(self._low - self._start, self._high - self._start)
+            self.values.clamp_(self._most_down, self._most_up)
         codes = self._codes() + (self.values - self.values.detach())
-        for layer, weight in zip(self._layers, split_like(codes * self._scale, self._layers), strict=True):
+        for layer, weight in zip(self._layers, _split_like(codes * self._scale, self._layers), strict=True):
             layer.quantizers["weight"].fixed = weight
 
     def rate(self, done: float) -> float:
         """See the base class."""
-        return falling(done)
+        return _falling(done)
 
     def write(self) -> None:
         """Put the weights on their grids: exactly what their quantizers decode, so that these give the same codes."""
-        for layer, codes in zip(self._layers, split_like(self._codes(), self._layers), strict=True):
+        for layer, codes in zip(self._layers, _split_like(self._codes(), self._layers), strict=True):
             quantizer = layer.quantizers["weight"]
             zero_point = quantizer.per_element(quantizer.zero_point, layer.weight)
             layer.weight.copy_(quantizer.decode(codes.to(torch.int32) + zero_point))
 
     def _codes(self) -> Tensor:
         """Codes less the zero point, as floats, [n]; without gradients."""
-        return (self._start + self.values.detach()).round_().clamp_(self._low, self._high)
+        return (self._start + self.values.detach().clamp(self._most_down, self._most_up)).round_()
 
 
-def _codes_and_bounds(layer: QuantizedLayer) -> tuple[Tensor, ...]:
-    """Codes less the zero point, their bounds, and the scale, of each weight: float32, [weights] each."""
+def _codes_and_room(layer: QuantizedLayer) -> tuple[Tensor, ...]:
+    """Codes less the zero point, how far they can go down and up, and the scale: float32, [weights] each."""
     quantizer, weight = layer.quantizers["weight"], layer.weight.detach()
     zero_point = quantizer.per_element(quantizer.zero_point, weight)
-    parts = (
-        quantizer.encode(weight) - zero_point,
-        quantizer.code_min - zero_point,
-        quantizer.code_max - zero_point,
-        quantizer.per_element(quantizer.scale, weight),
-    )
+    codes, scale = quantizer.encode(weight), quantizer.per_element(quantizer.scale, weight)
+    parts = (codes - zero_point, quantizer.code_min - codes, quantizer.code_max - codes, scale)
     return tuple(part.float().expand_as(weight).flatten() for part in parts)
 
 
-def split_like(flat: Tensor, layers: list[QuantizedLayer]) -> list[Tensor]:
+def _split_like(flat: Tensor, layers: list[QuantizedLayer]) -> list[Tensor]:
     """A vector over the weights of all layers as one tensor for each layer, in the shape of its weight."""
     parts = flat.split([layer.weight.numel() for layer in layers])
     return [part.view_as(layer.weight) for part, layer in zip(parts, layers, strict=True)]
 
 
-def falling(done: float) -> float:
+def _falling(done: float) -> float:
     """Share of the learning rate after a share ``done`` of the training: a cosine that falls to zero, as QDrop's."""
     return 0.5 * (1 + math.cos(math.pi * done))
 
@@ -215,7 +211,7 @@ class LearnedSteps(Learned):
 
     def rate(self, done: float) -> float:
         """See the base class."""
-        return falling(done)
+        return _falling(done)
 
     def write(self) -> None:
         """See the base class."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
@@ -70,12 +69,12 @@ class ReconstructionConfig:
     Args:
         rounding: how roundings are learned: 'adaround', softly between the two nearest codes, of which a regulariser
             picks one; or 'straight_through', codes that move by whole steps, for weights on their grids already.
-        most_bits: a block none of whose weights has so few bits stays as it is: with many, it costs time and gains
-            nothing.
+        most_bits: a block none of whose weights has so few bits stays as it is, because with many learning costs time
+            and gains nothing; None for every block.
         weighting: what an output's squared error counts by: 'none', 'hessian' (g^2), 'absolute' (abs(g)), or 'fisher'
             (abs(g) and a matrix of rank one for each unit).
         iterations: training steps.
-        batch: units (windows, patches, RoIs) in each of them, over all processes.
+        batch: units (windows, patches, RoIs) in each of them; where a call cannot be taken apart, one whole call.
         keep_float: probability that an element of an activation stays float in a step (QDrop: 0.5); 0 for none.
         rounding_lr: Adam's learning rate of the rounding variables; 0 leaves weights as they are.
         step_lr: Adam's learning rate of the logarithms of activation steps; 0 leaves them as they are.
@@ -83,7 +82,7 @@ class ReconstructionConfig:
     """
 
     rounding: str = "adaround"
-    most_bits: int = 8
+    most_bits: int | None = None
     weighting: str = "hessian"
     iterations: int = 1000
     batch: int = 32
@@ -103,7 +102,7 @@ class ReconstructionConfig:
             refuse_unknown([config["weighting"]], WEIGHTINGS, f"{where}.weighting")
         if "rounding" in config:
             refuse_unknown([config["rounding"]], ROUNDINGS, f"{where}.rounding")
-        if "most_bits" in config:
+        if config.get("most_bits") is not None:
             check_bits(config["most_bits"], f"{where}.most_bits")
         for key in ("iterations", "batch"):
             value = config.get(key, 1)
@@ -121,7 +120,9 @@ class ReconstructionConfig:
 
 def worth_reconstructing(module: nn.Module, config: ReconstructionConfig) -> bool:
     """Whether a block has weights of as few bits as a stage asks for."""
-    return any(int(layer.quantizers["weight"].bits) <= config.most_bits for layer in _with_weight(module))
+    return config.most_bits is None or any(
+        int(layer.quantizers["weight"].bits) <= config.most_bits for layer in _with_weight(module)
+    )
 
 
 @torch.no_grad()
@@ -138,9 +139,8 @@ def reconstruct(
     lowers the objective over all units with hard rounding and everything quantized; else all is as it was before.
     Formats that are not linear keep their parameters, and so do zero points.
 
-    In a distributed run every process trains on units of its own images; gradients are summed over the processes,
-    weighted by their numbers of units, so that all take the same steps. The result is the same on all of them, but
-    not the one that another number of processes gives. It is the same again for the same seed and threads on a CPU.
+    In a distributed run every process trains on the same units, which come from the images of all, and ends with what
+    a single process gives. The result is the same again for the same seed and threads on a CPU.
 
     Args:
         module: the block, or its view of units; its quantizers are calibrated.
@@ -210,9 +210,8 @@ def _train(
         balance: factors of the loss' terms, [terms].
     """
     device = next(q.scale.device for q in quantizers_of(module))
-    own_seed = seed + 1_000_003 * get_rank()  # every process draws units of its own
-    minibatches = Minibatches(calls, config.batch, torch.Generator().manual_seed(own_seed))
-    generator = torch.Generator(device).manual_seed(own_seed)
+    minibatches = Minibatches(calls, config.batch, torch.Generator().manual_seed(seed), device)
+    generator = torch.Generator(device).manual_seed(seed)
     balance = balance.to(device, torch.float32)
     with _fixed_weights(module), trained_activations(module, config.keep_float, generator) as activations:
         learned = _learned(module, activations, config)
@@ -255,24 +254,16 @@ def _learned(
 
 
 def _step(
-    optimizer: torch.optim.Optimizer, learned: list[tuple[Learned, float]], loss: Tensor | int, units: int, done: float
+    optimizer: torch.optim.Optimizer, learned: list[tuple[Learned, float]], loss: Tensor, units: int, done: float
 ) -> None:
-    """One step of the optimizer along the mean gradient of the units of all processes."""
+    """One step of the optimizer along the mean gradient of the units."""
     values = [part.values for part, _ in learned]
     grads: tuple[Tensor | None, ...] = (None,) * len(values)
-    if isinstance(loss, Tensor) and loss.requires_grad:
+    if loss.requires_grad:
         grads = torch.autograd.grad(loss, values, allow_unused=True)
     grads = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, grads, strict=True))
-    flat = torch.cat([*grads, values[0].new_tensor([units])])
-    try:
-        all_reduce(flat)
-    except RuntimeError as error:
-        raise CalibrationError(
-            f"another process of this calibration has died or hangs ({error}); its own message says why"
-        ) from error
-    means = (flat[:-1] / flat[-1]).split([len(v) for v in values])
-    for group, (part, lr), mean in zip(optimizer.param_groups, learned, means, strict=True):
-        part.values.grad = mean + part.own_grad(done)
+    for group, (part, lr), grad in zip(optimizer.param_groups, learned, grads, strict=True):
+        part.values.grad = grad / units + part.own_grad(done)
         group["lr"] = lr * part.rate(done)
     optimizer.step()
 

@@ -1,4 +1,7 @@
 import torch
+import torch.multiprocessing as mp
+from helpers import process_group
+from torch.utils._pytree import tree_leaves
 
 from apq_mmdet.calibration.minibatches import CALLS, Minibatches
 from apq_mmdet.calibration.store import TensorStore
@@ -58,3 +61,25 @@ def test_calls_that_cannot_be_stacked_stay_apart():
 
 def test_no_calls_give_no_units():
     assert minibatches(marked([]), 8).draw() == []
+
+
+def work(rank: int, processes: int, port: int, folder: str) -> None:
+    """One of several processes; the last one has no calls."""
+    calls = marked([30, 50, 20])
+    own = UnitCalls(TensorStore(memory=2**20), "own")
+    for call in calls:
+        if rank < processes - 1 and call.image % (processes - 1) == rank:
+            own.add(call)
+    with process_group(rank, processes, port):
+        draw = minibatches(own, 8)
+        torch.save([draw.draw()[0].tensors() for _ in range(5)], f"{folder}/{rank}.pth")
+
+
+def test_all_processes_draw_what_one_does(tmp_path, free_port):
+    mp.spawn(work, (3, free_port, str(tmp_path)), nprocs=3)
+    draw = minibatches(marked([30, 50, 20]), 8)
+    alone = [draw.draw()[0].tensors() for _ in range(5)]
+    for rank in range(3):
+        drawn = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        for one, other in zip(tree_leaves(drawn), tree_leaves(alone), strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

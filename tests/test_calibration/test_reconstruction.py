@@ -8,6 +8,7 @@ from helpers import build_swin, process_group, recipe
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
+from apq_mmdet.calibration.distributed import SHARD
 from apq_mmdet.calibration.reconstruction import (
     ROUNDINGS,
     WEIGHTINGS,
@@ -137,18 +138,21 @@ def test_weights_end_on_their_grids_at_most_one_code_from_nearest():
 
 
 @torch.no_grad()
-def test_codes_straight_through_leave_the_weights_on_their_grids():
+def test_codes_straight_through_go_both_ways_from_weights_on_their_grids():
     view, calls = swin_block()
+    for layer in with_weights(view):
+        layer.weight.copy_(layer.quantizers["weight"].fake_quantize(layer.weight))
     before = [layer.quantizers["weight"].encode(layer.weight) for layer in with_weights(view)]
     reconstruct(view, calls, replace(QUICK, rounding="straight_through"), seed=0)
     moves = []
     for layer, codes in zip(with_weights(view), before, strict=True):
         assert torch.equal(layer.quantizers["weight"].fake_quantize(layer.weight), layer.weight)
         moves.append(layer.quantizers["weight"].encode(layer.weight) - codes)
-    assert min(int(m.min()) for m in moves) < 0 < max(int(m.max()) for m in moves)
+    moves = torch.cat([m.flatten() for m in moves])
+    assert min((moves < 0).sum(), (moves > 0).sum()) > 20
 
 
-@pytest.mark.parametrize(("most_bits", "worth"), [(2, False), (3, True), (8, True)])
+@pytest.mark.parametrize(("most_bits", "worth"), [(2, False), (3, True), (None, True)])
 def test_blocks_of_many_bits_are_not_worth_it(most_bits, worth):
     view, _ = swin_block()
     assert worth_reconstructing(view, replace(QUICK, most_bits=most_bits)) is worth
@@ -362,24 +366,33 @@ def test_settings_are_taken():
     assert config.iterations == ReconstructionConfig().iterations
 
 
+def in_shards_of_their_own(calls):
+    """The same calls of images of different shards, which processes do not share."""
+    return as_calls([replace(call, image=SHARD * call.image) for call in calls])
+
+
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     """One of several processes; each has calls of its own, the last one has none."""
     torch.set_num_threads(1)
 
     def own():
         view, calls = swin_block()
-        return view, as_calls([call for call in calls if rank < processes - 1 and call.image % (processes - 1) == rank])
+        chosen = [call for call in calls if rank < processes - 1 and call.image % (processes - 1) == rank]
+        return view, in_shards_of_their_own(chosen)
 
     with process_group(rank, processes, port):
         torch.save(state_after(QUICK, 0, own), f"{folder}/{rank}.pth")
 
 
-def test_all_processes_end_alike(tmp_path, free_port):
+def test_several_processes_end_as_one(tmp_path, free_port):
+    def all_calls():
+        view, calls = swin_block()
+        return view, in_shards_of_their_own(calls)
+
     mp.spawn(work, (3, free_port, str(tmp_path)), nprocs=3)
-    results = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(3)]
-    alone, _ = state_after(QUICK, 0)
-    for done, state in results:
-        assert done == results[0][0]
-        assert done["before"] == pytest.approx(alone["before"], rel=1e-6)  # over the units of all
-        assert done["after"] < 0.8 * done["before"]
-        assert all(torch.equal(state[name], results[0][1][name]) for name in state)
+    alone, state = state_after(QUICK, 0, all_calls)
+    assert alone["after"] < 0.8 * alone["before"]
+    for rank in range(3):
+        done, others = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        assert done == alone
+        assert all(torch.equal(others[name], state[name]) for name in state)

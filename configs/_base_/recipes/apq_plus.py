@@ -1,5 +1,6 @@
 # The recommended recipe: channels made even, one weight range per output channel, ranges searched at the layers'
-# outputs, weights that make up for what quantized activations and their own rounding cost.
+# outputs, weights that make up for what quantized activations and their own rounding cost, and codes of two bits that
+# are learned.
 _base_ = "./minmax.py"
 
 quant = dict(
