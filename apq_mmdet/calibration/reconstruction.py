@@ -69,8 +69,8 @@ class ReconstructionConfig:
     Args:
         rounding: how roundings are learned: 'adaround', softly between the two nearest codes, of which a regulariser
             picks one; or 'straight_through', codes that move by whole steps, for weights on their grids already.
-        most_bits: a block none of whose weights has so few bits stays as it is, because with many learning costs time
-            and gains nothing; None for every block.
+        most_bits: a block none of whose weights has so few bits stays as it is, to save the time where learning gains
+            little; None for every block.
         weighting: what an output's squared error counts by: 'none', 'hessian' (g^2), 'absolute' (abs(g)), or 'fisher'
             (abs(g) and a matrix of rank one for each unit).
         iterations: training steps.
