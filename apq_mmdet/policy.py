@@ -13,6 +13,7 @@ KINDS = ("Linear", "Conv2d", "ConvTranspose2d", "MatMul")
 ROLES = ("weight", "input", "query", "key", "attention", "value")
 SCOPES = ("backbone", "detector")
 MIN_BITS, MAX_BITS = 2, 8
+BITS_KEYS = ("bits", "most_bits")
 
 
 def refuse_unknown(keys: Any, known: Any, where: str) -> None:
@@ -69,33 +70,37 @@ class Rule:
 
     Patterns are globs (``*.qkv``) or, after ``re:``, regular expressions that must match the whole name.
     ``bits`` changes the bits of all roles that are quantized by then. ``roles`` maps a role to spec fields to change
-    (which quantizes a role that an earlier rule left float), or to None: that role stays float.
+    (which quantizes a role that an earlier rule left float), or to None: that role stays float. With ``most_bits``
+    only roles that have at most so many bits by then are changed.
     """
 
     pattern: str = "*"
     kind: str | None = None
     leave_float: bool = False
     bits: int | None = None
+    most_bits: int | None = None
     roles: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, rule: dict[str, Any], where: str) -> "Rule":
-        """Parse ``dict(pattern=, kind=, float=, bits=, <role>=dict(bits=, format=, granularity=, symmetric=))``."""
+        """Parse ``dict(pattern=, kind=, float=, bits=, most_bits=, <role>=fields of a QuantizerSpec)``."""
         if not hasattr(rule, "keys"):
             raise BadInputError(f"{where}: expected dict(pattern=..., ...), got {rule!r}")
         rule = dict(rule)
-        refuse_unknown(rule, ("pattern", "kind", "float", "bits", *ROLES), where)
+        refuse_unknown(rule, ("pattern", "kind", "float", "bits", "most_bits", *ROLES), where)
         kind = rule.get("kind")
         if kind is not None:
             refuse_unknown([kind], KINDS, f"{where}.kind")
         roles: dict[str, dict[str, Any] | None] = {}
-        bits = check_bits(rule["bits"], f"{where}.bits") if "bits" in rule else None
+        bits, most_bits = (check_bits(rule[key], f"{where}.{key}") if key in rule else None for key in BITS_KEYS)
+        if most_bits is not None and (bits is not None or rule.get("float")):
+            raise BadInputError(f"{where}: most_bits goes with changes of roles, not with bits or float")
         for role in ROLES:
             if role in rule:
                 given = rule[role]
                 roles[role] = None if given is None else _spec_fields(given, where, role)
         pattern = check_pattern(rule.get("pattern", "*"), f"{where}.pattern")
-        return cls(pattern, kind, bool(rule.get("float", False)), bits, roles)
+        return cls(pattern, kind, bool(rule.get("float", False)), bits, most_bits, roles)
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of a layer of this full name and kind."""
@@ -178,6 +183,8 @@ class Policy:
                     specs = {r: spec and {**spec, "bits": rule.bits} for r, spec in specs.items()}
                 for role in set(roles) & set(rule.roles):
                     change = rule.roles[role]
+                    if rule.most_bits is not None and (specs[role] is None or specs[role]["bits"] > rule.most_bits):
+                        continue
                     if change is None:
                         specs[role], reason = None, f"left float by {origin}.{rule_name}"
                     else:

@@ -19,6 +19,12 @@ from apq_mmdet.policy import Policy
         (dict(formats=dict(r=dict(attention=dict(format="mathew")))), "did you mean 'matthew'"),
         (dict(formats=dict(r=dict(weight=4))), "expected dict"),
         (dict(overrides=dict(r=dict(pattern="re:("))), "no regular expression"),
+        (
+            dict(formats=dict(r=dict(most_bits=9))),
+            "formats.r.most_bits: bits must be a whole number from 2 to 8, got 9",
+        ),
+        (dict(formats=dict(r=dict(most_bits=3, bits=4))), "formats.r: most_bits goes with changes of roles"),
+        (dict(formats=dict(r=dict(most_bits=3, float=True))), "formats.r: most_bits goes with changes of roles"),
         (dict(search=dict(metric="blok")), "did you mean 'block'"),
         (dict(search=dict(round=3)), "did you mean 'rounds'"),
         (dict(search=dict(rounds=0)), "rounds: expected a whole number >= 1"),
@@ -74,6 +80,16 @@ def test_later_rules_win_and_roles_are_separate():
     specs, reason = policy.scheme("a.head", "Linear", ("weight", "input"))
     assert specs == {}
     assert reason == "left float by overrides.d"
+
+
+def test_a_rule_can_be_for_few_bits_only():
+    rule = dict(most_bits=3, weight=dict(granularity="channel"), input=dict(symmetric=True))
+    policy = Policy.from_dict(dict(w_bits=4, a_bits=3, formats=dict(few=rule)))
+    specs, _ = policy.scheme("a", "Linear", ("weight", "input"))
+    assert (specs["weight"].granularity, specs["input"].symmetric) == ("tensor", True)
+    none = dict(pattern="a", input=None)
+    policy = Policy.from_dict(dict(a_bits=3, formats=dict(none=none, few=rule)))
+    assert "input" not in policy.scheme("a", "Linear", ("weight", "input"))[0]  # it has no bits
 
 
 def test_one_role_can_stay_float():

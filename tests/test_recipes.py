@@ -100,6 +100,14 @@ def test_formats(name):
         assert rows[key].format == f"affine, {'symmetric' if symmetric else 'asymmetric'}"
 
 
+@pytest.mark.parametrize(("bits", "linear"), [(4, "affine, asymmetric"), (3, "token_affine, asymmetric")])
+def test_three_bits_of_apq_plus_follow_the_tokens(bits, linear):
+    rows = quantized(recipe("apq_plus", a_bits=bits)).quantization_table
+    formats = {(row.kind, row.role): row.format for row in rows if row.bits}
+    assert formats["Linear", "input"] == linear
+    assert formats["Linear", "weight"] == formats["Conv2d", "input"] == "affine, asymmetric"
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

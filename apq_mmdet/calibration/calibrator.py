@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import partition, watch_blocks
+from apq_mmdet.calibration.centers import center_inputs, centered_layers
 from apq_mmdet.calibration.compensation import compensate
 from apq_mmdet.calibration.distributed import gather, is_first, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
@@ -111,8 +112,7 @@ def calibrate(
                 quantizer.use_observer(recipe.observer)
             _float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
-            if recipe.equalize:
-                _equalize(blocks, store, recipe.equalize)
+            _transform(blocks, store, recipe.equalize)
             for quantizer in quantizers_of(model):
                 quantizer.set_range_factor(1.0)
             reports: list[BlockReport] = []
@@ -149,16 +149,21 @@ def _float_pass(
     share_observed([q for _, layer in quantized_layers(model) for r, q in layer.quantizers.items() if r != "weight"])
 
 
-def _equalize(blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
-    """Make the channels of every block more even; inputs and outputs of blocks stay what they are."""
+def _transform(blocks: dict[str, nn.Module], store: CaptureStore, equalization: float) -> None:
+    """Make the channels of every block more even, and find their centers; blocks keep their float function."""
     for name in tqdm(store.order(), desc="equalize", unit="block", disable=not is_first()):
         block = blocks[name]
-        if rescalings_of(block):
+        even = equalization > 0 and bool(rescalings_of(block))
+        centered = bool(centered_layers(block))
+        if even or centered:
             calls, module = UnitCalls(store, (name, "whole")), block
             for call in store.inputs(name):
                 module, units = to_units(block, call)
                 calls.add(units)
-            equalize(block, module, calls, strength)
+            if even:
+                equalize(block, module, calls, equalization)
+            if centered:
+                center_inputs(block, module, calls, equalization)
             calls.drop()
 
 

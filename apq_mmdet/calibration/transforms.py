@@ -171,7 +171,11 @@ def rescalings_of(block: nn.Module) -> list[Rescaling]:
     registered = next((make(block) for cls, make in RESCALINGS.items() if isinstance(block, cls)), [])
     even = {place.layer for place in registered if place.side == "input"}
     dividing = [(name, layer) for name, layer in quantized_layers(block) if layer.input_factors is not None]
-    return registered + [InputRescaling(f"{name}.input", layer) for name, layer in dividing if layer not in even]
+    return registered + [
+        InputRescaling(f"{name}.input", layer)
+        for name, layer in dividing
+        if layer not in even and layer.input_centers is None  # those: center_inputs
+    ]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apq_mmdet.layers.integer import exact_in_codes
 from apq_mmdet.quantizers import Quantizer, QuantizerMode, quantizer_mode
 
-INPUT_FACTORS = "input_factors"  # name of the buffer
+INPUT_FACTORS, INPUT_CENTERS = "input_factors", "input_centers"  # names of buffers
 LayerClass = TypeVar("LayerClass", bound=type["QuantizedLayer"])
 
 
@@ -37,12 +37,15 @@ class QuantizedLayer(nn.Module, ABC):
         input_factors: float32 [input channels], by which the input is divided before anything else, or None. The
             weights are multiplied by them, so that channels of different ranges share one scale and integer codes can
             be multiplied all the same.
+        input_centers: float32 [input channels], which are taken off the divided input before it is quantized and put
+            on again afterwards, or None. Behind integer codes they are a constant of each output.
     """
 
     kind: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
     quantizers: RoleQuantizers
     input_factors: Tensor | None
+    input_centers: Tensor | None
 
     @abstractmethod
     def role_axis(self, role: str) -> tuple[int, int]:
@@ -51,16 +54,26 @@ class QuantizedLayer(nn.Module, ABC):
     def quantize(self, role: str, x: Tensor) -> Tensor:
         """Pass ``x`` through the quantizer of ``role``, if that role is quantized; an input is divided first."""
         x = self.divided_input(x) if role == "input" else x
-        return self.quantizers[role](x) if role in self.quantizers else x
+        if role not in self.quantizers:
+            return x
+        quantizer = self.quantizers[role]
+        if role == "input" and self.input_centers is not None and quantizer.mode is QuantizerMode.QUANTIZE:
+            centers = self._by_input_channel(self.input_centers, x)
+            return quantizer(x - centers) + centers
+        return quantizer(x)
 
     def divided_input(self, x: Tensor) -> Tensor:
         """An input of this layer over its ``input_factors``: what the weights are multiplied with."""
         if self.input_factors is None:
             return x
+        return x / self._by_input_channel(self.input_factors, x)
+
+    def _by_input_channel(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value for each input channel, to be broadcast against an input ``x``."""
         axis, size = self.role_axis("input")
         shape = [1] * x.dim()
         shape[axis] = size
-        return x / self.input_factors.view(shape)
+        return values.view(shape)
 
     # -- products of integer codes ------------------------------------------------------------------------------
 
@@ -115,8 +128,10 @@ def to_quantized(layer: nn.Module, quantizers: dict[str, Quantizer], divided: bo
     """
     layer.__class__ = LAYERS[type(layer)]
     layer.quantizers = RoleQuantizers(quantizers)
-    factors = torch.ones(layer.role_axis("input")[1], device=layer.weight.device) if divided else None
-    layer.register_buffer(INPUT_FACTORS, factors)
+    centered = "input" in quantizers and quantizers["input"].centered
+    for name, wanted, make in ((INPUT_FACTORS, divided, torch.ones), (INPUT_CENTERS, centered, torch.zeros)):
+        channels = make(layer.role_axis("input")[1], device=layer.weight.device) if wanted else None
+        layer.register_buffer(name, channels)
     return layer
 
 

@@ -178,7 +178,7 @@ def leave_float(model: nn.Module, names: list[str]) -> None:
     """Take the quantizers of these layers away again, and say so in the layer table."""
     for name in names:
         model.get_submodule(name).quantizers.clear()
-        model.get_submodule(name).input_factors = None
+        model.get_submodule(name).input_factors = model.get_submodule(name).input_centers = None
     table = getattr(model, "quantization_table", [])
     table[:] = [
         replace(row, bits=None, format="float32", granularity="-", groups=0, reason="no calibration data reached it")

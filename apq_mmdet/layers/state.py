@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apq_mmdet.errors import CheckpointError
-from apq_mmdet.layers.base import INPUT_FACTORS, QuantizedLayer
+from apq_mmdet.layers.base import INPUT_CENTERS, INPUT_FACTORS, QuantizedLayer
 from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
 
@@ -19,7 +19,11 @@ PACKED_SUFFIX = "weight_codes"
 def is_added(key: str) -> bool:
     """Whether a key of a quantized model's state_dict is one that the float model has not."""
     parts = key.split(".")
-    return parts[-1] in (VERSION_KEY, INPUT_FACTORS) or "quantizers" in parts or OUTPUT_COMPENSATION in parts
+    return (
+        parts[-1] in (VERSION_KEY, INPUT_FACTORS, INPUT_CENTERS)
+        or "quantizers" in parts
+        or OUTPUT_COMPENSATION in parts
+    )
 
 
 def _weight_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -83,9 +87,9 @@ def _before_load(
                 f"incomplete, or of a model that was quantized as a whole where this one is in part"
             )
         for key, value in own.items():
-            if is_added(key):  # float weights have taken up no factors
-                undivided = key.split(".")[-1] == INPUT_FACTORS
-                state.setdefault(key, torch.ones_like(value) if undivided else value)
+            if is_added(key):  # float weights have taken up no factors, and nothing is known of their inputs
+                fresh = {INPUT_FACTORS: torch.ones_like, INPUT_CENTERS: torch.zeros_like}.get(key.split(".")[-1])
+                state.setdefault(key, fresh(value) if fresh else value)
         return
     version = int(state[prefix + VERSION_KEY])
     if version > FORMAT_VERSION:

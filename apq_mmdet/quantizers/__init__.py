@@ -7,6 +7,7 @@ from apq_mmdet.quantizers.matthew import MatthewQuantizer
 from apq_mmdet.quantizers.observers import OBSERVERS, MinMaxObserver, Observer, PercentileObserver
 from apq_mmdet.quantizers.packing import pack_codes, unpack_codes
 from apq_mmdet.quantizers.row import RowAffineQuantizer
+from apq_mmdet.quantizers.token import TokenAffineQuantizer
 from apq_mmdet.quantizers.twin import TwinGeluQuantizer, TwinSoftmaxQuantizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "QuantizerMode",
     "RowAffineQuantizer",
     "ShiftLog2Quantizer",
+    "TokenAffineQuantizer",
     "TwinGeluQuantizer",
     "TwinSoftmaxQuantizer",
     "pack_codes",

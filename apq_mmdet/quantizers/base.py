@@ -42,6 +42,7 @@ class Quantizer(nn.Module, ABC):
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
         min_factor: smallest range factor that a search may choose.
         ranged: whether the range factor changes anything; where not, a search need not try more than one.
+        centered: whether layers take the mean of each channel off what it quantizes.
         linear: whether values are ``(code - zero_point) * scale``, so that layers can multiply codes.
         variants: what a search tries with every range factor; empty for formats without a variant.
         default_variant: the variant where none is asked for.
@@ -49,6 +50,7 @@ class Quantizer(nn.Module, ABC):
 
     min_factor = 0.0
     ranged = True
+    centered = False
     linear = False
     variants: tuple[float, ...] = ()
     default_variant: float | None = None

@@ -13,6 +13,8 @@ quant = dict(
         ffn=dict(kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(granularity="channel")),
         head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         head_convs=dict(kind="Conv2d", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
+        # eight levels are too few for one range of all tokens
+        tokens=dict(kind="Linear", most_bits=3, input=dict(format="token_affine", granularity="channel")),
     ),
     equalize=1.0,
     search=dict(

@@ -1,0 +1,78 @@
+"""What a layer takes off its input and divides it by, before each token is quantized on a grid of its own."""
+
+import torch
+from torch import Tensor, nn
+
+from apq_mmdet.calibration.distributed import gather
+from apq_mmdet.calibration.transforms import InputRescaling, balancing_factors
+from apq_mmdet.calibration.units import UnitCalls
+from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
+
+MIGRATION = 0.75  # what SmoothQuant uses for activations that are hard to quantize
+
+Sums = Tensor  # float64 [3, channels]: number of tokens, sum, and sum of squares
+
+
+def centered_layers(block: nn.Module) -> dict[str, QuantizedLayer]:
+    """Layers of a block that take centers off their inputs, by name."""
+    return {name: layer for name, layer in quantized_layers(block) if layer.input_centers is not None}
+
+
+@torch.no_grad()
+def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: float) -> None:
+    """Fit ``input_centers`` and, where a layer has them, ``input_factors`` to the tokens of the float inputs.
+
+    Centers are the means of the channels: what is left is what sets a token apart. Factors are
+    ``(sd_j^a / |W_j|^(1 - a)) ** strength`` with a = 0.75, up to a common one: SmoothQuant's migration (arXiv
+    2211.10438, equation 4), with the standard deviation of a channel and the norm of the weights behind it where the
+    paper takes largest values. So a channel whose errors weigh more gets finer steps.
+
+    In a distributed run every process calls this and does the same; sums are added in the order of the images.
+
+    Args:
+        block: holds the layers; those that run in no call keep what they have.
+        module: its view of units, or itself; maps the calls' inputs to their outputs.
+        calls: float inputs on this process' images.
+        strength: 0 leaves the factors alone.
+    """
+    layers = centered_layers(block)
+    for name, (tokens, total, squares) in _sums(layers, block, module, calls).items():
+        layer, mean = layers[name], total / tokens.clamp_min(1)
+        if layer.input_factors is not None:
+            deviation = (squares / tokens.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+            columns = layer.weight.double().norm(dim=0).cpu()  # [channels]
+            factors = balancing_factors(deviation**MIGRATION / columns ** (1 - MIGRATION), strength)
+            InputRescaling(name, layer).divide(factors)
+            mean = mean / factors
+        layer.input_centers.copy_(mean)
+        if "weight" in layer.quantizers:
+            layer.quantizers["weight"].observed = None
+            layer.quantizers["weight"].observe(layer.weight)
+
+
+def _sums(layers: dict[str, QuantizedLayer], block: nn.Module, module: nn.Module, calls: UnitCalls) -> dict[str, Sums]:
+    """Of each layer's divided inputs on all images of all processes."""
+    parts: list[tuple[int, str, Sums]] = []  # of each run of a layer, with its image
+
+    def see(name: str, layer: QuantizedLayer, x: Tensor, image: int) -> None:
+        x = layer.divided_input(x).flatten(0, -2)  # [tokens, channels]
+        total = x.sum(0, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
+        sums = (torch.full_like(total, len(x)), total, squares)
+        parts.append((image, name, torch.stack(sums).cpu()))
+
+    with float_only(block):
+        for call in calls:
+            handles = [
+                layer.register_forward_pre_hook(lambda own, args, n=name, i=call.image: see(n, own, args[0], i))
+                for name, layer in layers.items()
+            ]
+            try:
+                module(*call.args, **call.kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    totals: dict[str, Sums] = {}
+    for _, name, part in sorted((found for own in gather(parts) for found in own), key=lambda found: found[0]):
+        totals[name] = totals[name] + part if name in totals else part
+    return totals

@@ -1,0 +1,89 @@
+"""Affine codes of activations whose range follows each token."""
+
+import torch
+from torch import Tensor
+
+from apq_mmdet.quantizers.base import Quantizer
+from apq_mmdet.registry import QUANTIZERS
+
+
+class _RoundTokens(torch.autograd.Function):
+    """``low + step clamp(round((x - low) / step), 0, highest)``; straight-through gradient inside the range."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, low: Tensor, step: Tensor, highest: int) -> Tensor:
+        codes = torch.sub(x, low).div_(step).round_()
+        ctx.save_for_backward((codes >= 0) & (codes <= highest))
+        return codes.clamp_(0, highest).mul_(step).add_(low)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+@QUANTIZERS.register_module(name="token_affine")
+class TokenAffineQuantizer(Quantizer):
+    """Unsigned codes of tokens x [..., channels], each on its own affine grid.
+
+    With m_t the middle between the least and the largest value of token t and r_t half of what is between them,
+    l_t = m_t - f r_t, s_t = 2 f r_t / (2^k - 1); q_tj = clamp(round((x_tj - l_t) / s_t), 0, 2^k - 1);
+    x'_tj = l_t + s_t q_tj.
+
+    This is per-token dynamic quantization, of which integer kernels take the ends of each token while they write its
+    codes. Step and offset belong to a row of a matrix product, so they leave it: W x'_t = s_t (W q_t) + l_t (W 1).
+    The offset is no code, and zero no value of the grid in general: nothing is padded with zeros behind it.
+
+    A layer takes the mean of each input channel off its input first (``QuantizedLayer.input_centers``), so that a
+    token's range is about what sets it apart from other tokens.
+
+    Raises:
+        ValueError: ``symmetric`` was asked for, or more than one group.
+
+    Attributes:
+        scale: step as a share of what a token's values span, f / (2^k - 1).
+    """
+
+    centered = True
+
+    def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
+        if symmetric:
+            raise ValueError("the token_affine format is unsigned by definition: symmetric=True makes no sense here")
+        if groups != 1:
+            raise ValueError("the token_affine format has one grid for each token: granularity has to be 'tensor'")
+        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
+
+    def parameters_for(
+        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
+    ) -> tuple[Tensor, ...]:
+        """See the base class; the range is a share of what each token brings along, not of what was observed."""
+        scale = torch.full_like(high, factor / self.code_max, dtype=torch.float32)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+    def range_error(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """See the base class; zero, because no observed range changes anything."""
+        return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset l_t and step s_t of each token of ``x`` [..., channels], in its dtype: [..., 1] each."""
+        low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
+        step = (high - low).mul_(self.scale.to(x.dtype))
+        low = torch.lerp(low, high, 0.5).sub_(step, alpha=self.code_max / 2)
+        return low, step.clamp_min_(torch.finfo(x.dtype).tiny)  # a token of equal values
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        low, step = self.grid(x)
+        return torch.sub(x, low).div_(step).round_().clamp_(self.code_min, self.code_max).to(torch.int32)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See ``decode_tokens``; codes alone do not tell the grids of their tokens."""
+        raise TypeError("values of token_affine codes need the grids of their tokens: use decode_tokens")
+
+    def decode_tokens(self, codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
+        """Values of codes [..., channels] on given grids, offset and step [..., 1], in their dtype."""
+        return codes.to(step.dtype) * step + low
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """``decode_tokens(encode(x), *grid(x))``, equal to the last bit; straight-through gradient."""
+        return _RoundTokens.apply(x, *self.grid(x), self.code_max)

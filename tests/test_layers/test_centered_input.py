@@ -1,0 +1,136 @@
+"""Layers that take the means of their inputs' channels off, before each token is quantized on its own grid."""
+
+import pytest
+import torch
+from helpers import build_swin, recipe, short_grids
+from torch import nn
+
+from apq_mmdet.calibration import calibrate
+from apq_mmdet.calibration.centers import center_inputs, centered_layers
+from apq_mmdet.calibration.store import CaptureStore
+from apq_mmdet.calibration.transforms import InputRescaling
+from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
+from apq_mmdet.layers.convert import leave_float
+from apq_mmdet.policy import Policy
+from apq_mmdet.quantizers import QuantizerMode
+
+CENTERS, FACTORS = torch.tensor([5.0, -3.0, 0.0, 1.0, 0.1, 20.0]), torch.tensor([0.01, 0.1, 1.0, 10.0, 3.0, 0.3])
+
+
+def tokens(model, granularity="channel", bits=3):
+    rule = dict(kind="Linear", input=dict(format="token_affine", granularity=granularity))
+    quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=bits, overrides=dict(all=rule))))
+    return model
+
+
+def calls_of(store, block, inputs):
+    """Calls of a block that is a plain linear layer, one image each."""
+    calls = UnitCalls(store, ("block", "whole"))
+    with float_only(block):
+        for image, x in enumerate(inputs):
+            store.add_call("block", image, (x,), {}, block(x))
+    for call in store.inputs("block"):
+        module, units = to_units(block, call)
+        calls.add(units)
+    return module, calls
+
+
+def test_values_by_the_plain_formula_in_float64():
+    model = tokens(nn.Sequential(nn.Linear(6, 4))).double()
+    layer, x = model[0], torch.randn(5, 6).double() + CENTERS
+    InputRescaling("input", layer).divide(FACTORS)
+    layer.input_centers.copy_(CENTERS / FACTORS)
+    for role, tensor in (("input", x), ("weight", layer.weight)):
+        layer.quantizers[role].observe(tensor)
+        layer.quantizers[role].set_range_factor(1.0)
+    weight, centers = layer.quantizers["weight"](layer.weight), (CENTERS / FACTORS).double()
+    quantizer = layer.quantizers["input"]
+    inside = x / FACTORS.double() - centers
+    low, step = quantizer.grid(inside)
+    # what integer kernels add up: codes, one term for each token, one constant for each output
+    codes = quantizer.encode(inside).double()
+    want = step * (codes @ weight.T) + low * weight.sum(1) + centers @ weight.T + layer.bias
+    assert torch.allclose(model(x), want, rtol=1e-12, atol=1e-12)
+    with float_only(model):
+        assert torch.allclose(model(x), nn.functional.linear(x / FACTORS, layer.weight, layer.bias), atol=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_centers_are_means_of_all_tokens_and_factors_migrate(granularity):
+    layer = tokens(nn.Sequential(nn.Linear(6, 4)), granularity)
+    inputs = [torch.randn(1, n, 6) * FACTORS + CENTERS for n in (3, 8)]
+    rows = torch.cat([x[0] for x in inputs]).double()
+    before = layer[0].weight.detach().double().clone()
+    with CaptureStore() as store, torch.no_grad(), float_only(layer):
+        want = layer(inputs[0])
+        module, calls = calls_of(store, layer, inputs)
+        center_inputs(layer, module, calls, 1.0)
+        assert torch.allclose(layer(inputs[0]), want, rtol=1e-4, atol=1e-4)
+    layer = layer[0]
+    if granularity == "tensor":
+        assert layer.input_factors is None
+        factors = torch.ones(6).double()
+    else:
+        factors = rows.std(0, unbiased=False) ** 0.75 / before.norm(dim=0) ** 0.25
+        factors = factors / factors.log().mean().exp()
+        assert torch.allclose(layer.input_factors.double(), factors, rtol=1e-5)
+        assert torch.allclose(layer.weight.double(), before * factors, rtol=1e-5)
+        assert layer.quantizers["weight"].observed[1].item() == layer.weight.amax().item()
+    assert torch.allclose(layer.input_centers.double(), rows.mean(0) / factors, rtol=1e-4, atol=1e-5)
+
+
+def test_no_strength_leaves_the_factors_alone():
+    layer = tokens(nn.Sequential(nn.Linear(6, 4)))
+    with CaptureStore() as store, torch.no_grad():
+        module, calls = calls_of(store, layer, [torch.randn(1, 3, 6) + CENTERS])
+        center_inputs(layer, module, calls, 0.0)
+    assert torch.equal(layer[0].input_factors, torch.ones(6))
+    assert bool((layer[0].input_centers != 0).all())
+
+
+@pytest.mark.parametrize("mode", [QuantizerMode.FLOAT, QuantizerMode.OBSERVE])
+def test_other_modes_let_the_input_pass_to_the_last_bit(mode):
+    layer = tokens(nn.Sequential(nn.Linear(6, 4)))[0]
+    layer.input_centers.copy_(1e6 * CENTERS)
+    layer.quantizers["input"].mode = mode
+    x = torch.randn(2, 6)
+    assert torch.equal(layer.quantize("input", x), layer.divided_input(x))
+
+
+def plus(**settings):
+    search = dict(metric="module", rounds=1, order="forward", block_input="quantized", grids=short_grids())
+    return recipe("apq_plus", a_bits=3, search=search, **settings)
+
+
+def test_calibration_finds_centers_and_the_checkpoint_keeps_them():
+    model = build_swin()
+    float_state = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(1, 3, 37, 50)
+    with torch.no_grad():
+        want = model(x)
+    quantize_model(model, plus().policy)
+    calibrate(model, [x], plus())
+    layers = centered_layers(model)
+    assert {name.split("blocks.0.")[-1] for name in layers if "blocks.0" in name} == {
+        "attn.w_msa.qkv",
+        "attn.w_msa.proj",
+        "ffn.layers.0.0",
+        "ffn.layers.1",
+    }
+    assert all(float(layer.input_centers.abs().max()) > 0 for layer in layers.values())
+    other = build_swin()
+    quantize_model(other, plus().policy)
+    other.load_state_dict(packed_state_dict(model))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(x), other(x), strict=True))
+    model.load_state_dict(float_state)  # which knows nothing of centers
+    assert not any(bool(layer.input_centers.any()) for layer in layers.values())
+    with torch.no_grad(), float_only(model):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(model(x), want, strict=True))
+
+
+def test_a_layer_that_is_left_float_has_none():
+    model = tokens(nn.Sequential(nn.Linear(6, 4)))
+    leave_float(model, ["0"])
+    assert not centered_layers(model)
