@@ -71,7 +71,7 @@ class Rule:
     Patterns are globs (``*.qkv``) or, after ``re:``, regular expressions that must match the whole name.
     ``bits`` changes the bits of all roles that are quantized by then. ``roles`` maps a role to spec fields to change
     (which quantizes a role that an earlier rule left float), or to None: that role stays float. With ``most_bits``
-    only roles that have at most so many bits by then are changed.
+    only roles that end with at most so many bits are changed.
     """
 
     pattern: str = "*"
@@ -93,7 +93,7 @@ class Rule:
             refuse_unknown([kind], KINDS, f"{where}.kind")
         roles: dict[str, dict[str, Any] | None] = {}
         bits, most_bits = (check_bits(rule[key], f"{where}.{key}") if key in rule else None for key in BITS_KEYS)
-        if most_bits is not None and (bits is not None or rule.get("float")):
+        if most_bits is not None and (bits is not None or rule.get("float") or not set(ROLES) & set(rule)):
             raise BadInputError(f"{where}: most_bits goes with changes of roles, not with bits or float")
         for role in ROLES:
             if role in rule:
@@ -169,6 +169,13 @@ class Policy:
 
     def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], str]:
         """Spec of each quantized role of a layer, and the reason where the layer or a role stays float."""
+        specs, _ = self._applied(name, kind, roles, {})
+        return self._applied(name, kind, roles, {role: spec.bits for role, spec in specs.items()})
+
+    def _applied(
+        self, name: str, kind: str, roles: tuple[str, ...], bits: dict[str, int]
+    ) -> tuple[dict[str, QuantizerSpec], str]:
+        """As ``scheme``, where ``bits`` tells those of roles to which rules with ``most_bits`` may apply."""
         reason = ""
         specs: dict[str, dict[str, Any] | None] = {
             role: {"bits": self.w_bits if role == "weight" else self.a_bits} for role in roles
@@ -183,7 +190,7 @@ class Policy:
                     specs = {r: spec and {**spec, "bits": rule.bits} for r, spec in specs.items()}
                 for role in set(roles) & set(rule.roles):
                     change = rule.roles[role]
-                    if rule.most_bits is not None and (specs[role] is None or specs[role]["bits"] > rule.most_bits):
+                    if rule.most_bits is not None and bits.get(role, MAX_BITS + 1) > rule.most_bits:
                         continue
                     if change is None:
                         specs[role], reason = None, f"left float by {origin}.{rule_name}"

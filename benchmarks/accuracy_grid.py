@@ -184,7 +184,8 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
         "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
-        "channels behind the GELU as they are": _changed(f"{_FORMATS}.ffn.input.granularity", "tensor", PLUS),
+        "static ranges of inputs": _changed(f"{_FORMATS}.tokens.most_bits", 2, PLUS),
+        "channels of inputs as they are": _changed(f"{_FORMATS}.tokens.input.granularity", "tensor", PLUS),
         "one step for a head's attention maps": _changed(f"{_ATTENTION}.format", "affine", PLUS),
         "logarithmic attention maps": replace(
             PLUS, options={f"{_ATTENTION}.format": "shift_log2", f"{_SEARCH}.grids.attention": [0.9, 1.0, 2]}

@@ -25,6 +25,8 @@ from apq_mmdet.policy import Policy
         ),
         (dict(formats=dict(r=dict(most_bits=3, bits=4))), "formats.r: most_bits goes with changes of roles"),
         (dict(formats=dict(r=dict(most_bits=3, float=True))), "formats.r: most_bits goes with changes of roles"),
+        (dict(formats=dict(r=dict(most_bits=3))), "formats.r: most_bits goes with changes of roles"),
+        (dict(overrides=dict(r=dict(input=dict(format="token_affine")))), "overrides.r.input: .* needs a quant.search"),
         (dict(search=dict(metric="blok")), "did you mean 'block'"),
         (dict(search=dict(round=3)), "did you mean 'rounds'"),
         (dict(search=dict(rounds=0)), "rounds: expected a whole number >= 1"),
@@ -90,6 +92,17 @@ def test_a_rule_can_be_for_few_bits_only():
     none = dict(pattern="a", input=None)
     policy = Policy.from_dict(dict(a_bits=3, formats=dict(none=none, few=rule)))
     assert "input" not in policy.scheme("a", "Linear", ("weight", "input"))[0]  # it has no bits
+
+
+@pytest.mark.parametrize(("a_bits", "mine", "symmetric"), [(3, 8, False), (8, 3, True)])
+def test_few_bits_are_those_that_a_role_ends_with(a_bits, mine, symmetric):
+    policy = dict(
+        a_bits=a_bits,
+        formats=dict(few=dict(most_bits=3, input=dict(symmetric=True))),
+        overrides=dict(mine=dict(input=dict(bits=mine))),
+    )
+    specs, _ = Policy.from_dict(policy).scheme("a", "Linear", ("weight", "input"))
+    assert (specs["input"].bits, specs["input"].symmetric) == (mine, symmetric)
 
 
 def test_one_role_can_stay_float():

@@ -149,11 +149,11 @@ def _float_pass(
     share_observed([q for _, layer in quantized_layers(model) for r, q in layer.quantizers.items() if r != "weight"])
 
 
-def _transform(blocks: dict[str, nn.Module], store: CaptureStore, equalization: float) -> None:
+def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
     """Make the channels of every block more even, and find their centers; blocks keep their float function."""
-    for name in tqdm(store.order(), desc="equalize", unit="block", disable=not is_first()):
+    for name in tqdm(store.order(), desc="transform", unit="block", disable=not is_first()):
         block = blocks[name]
-        even = equalization > 0 and bool(rescalings_of(block))
+        even = strength > 0 and bool(rescalings_of(block))
         centered = bool(centered_layers(block))
         if even or centered:
             calls, module = UnitCalls(store, (name, "whole")), block
@@ -161,9 +161,9 @@ def _transform(blocks: dict[str, nn.Module], store: CaptureStore, equalization: 
                 module, units = to_units(block, call)
                 calls.add(units)
             if even:
-                equalize(block, module, calls, equalization)
+                equalize(block, module, calls, strength)
             if centered:
-                center_inputs(block, module, calls, equalization)
+                center_inputs(block, module, calls, strength)
             calls.drop()
 
 

@@ -1,16 +1,18 @@
 """What a layer takes off its input and divides it by, before each token is quantized on a grid of its own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from apq_mmdet.calibration.compensation import LEAST_VARIATION
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.transforms import InputRescaling, balancing_factors
 from apq_mmdet.calibration.units import UnitCalls
+from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
 
 MIGRATION = 0.75  # what SmoothQuant uses for activations that are hard to quantize
-
-Sums = Tensor  # float64 [3, channels]: number of tokens, sum, and sum of squares
 
 
 def centered_layers(block: nn.Module) -> dict[str, QuantizedLayer]:
@@ -34,12 +36,18 @@ def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strengt
         module: its view of units, or itself; maps the calls' inputs to their outputs.
         calls: float inputs on this process' images.
         strength: 0 leaves the factors alone.
+
+    Raises:
+        CalibrationError: an input is NaN or infinite.
     """
     layers = centered_layers(block)
     for name, (tokens, total, squares) in _sums(layers, block, module, calls).items():
-        layer, mean = layers[name], total / tokens.clamp_min(1)
+        if not bool(squares.isfinite().all()):
+            raise CalibrationError(f"centers of layer {name!r}: its inputs are NaN or infinite")
+        layer, mean, power = layers[name], total / tokens.clamp_min(1), squares / tokens.clamp_min(1)
         if layer.input_factors is not None:
-            deviation = (squares / tokens.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+            variance = power - mean.square()
+            deviation = variance.where(variance > LEAST_VARIATION * power, 0.0).sqrt()
             columns = layer.weight.double().norm(dim=0).cpu()  # [channels]
             factors = balancing_factors(deviation**MIGRATION / columns ** (1 - MIGRATION), strength)
             InputRescaling(name, layer).divide(factors)
@@ -50,21 +58,23 @@ def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strengt
             layer.quantizers["weight"].observe(layer.weight)
 
 
-def _sums(layers: dict[str, QuantizedLayer], block: nn.Module, module: nn.Module, calls: UnitCalls) -> dict[str, Sums]:
-    """Of each layer's divided inputs on all images of all processes."""
-    parts: list[tuple[int, str, Sums]] = []  # of each run of a layer, with its image
+def _sums(
+    layers: dict[str, QuantizedLayer], block: nn.Module, module: nn.Module, calls: UnitCalls
+) -> dict[str, Tensor]:
+    """Number, sum and sum of squares of each layer's tokens on all images of all processes: float64 [3, channels]."""
+    own: dict[tuple[int, str], Tensor] = {}  # by image and layer
 
     def see(name: str, layer: QuantizedLayer, x: Tensor, image: int) -> None:
-        x = layer.divided_input(x).flatten(0, -2)  # [tokens, channels]
+        x = layer.divided_input(x).reshape(-1, x.shape[-1])  # [tokens, channels]
         total = x.sum(0, dtype=torch.float64)
         squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
         sums = (torch.full_like(total, len(x)), total, squares)
-        parts.append((image, name, torch.stack(sums).cpu()))
+        _add(own, (image, name), torch.stack(sums).cpu())
 
     with float_only(block):
         for call in calls:
             handles = [
-                layer.register_forward_pre_hook(lambda own, args, n=name, i=call.image: see(n, own, args[0], i))
+                layer.register_forward_pre_hook(lambda layer, args, n=name, i=call.image: see(n, layer, args[0], i))
                 for name, layer in layers.items()
             ]
             try:
@@ -72,7 +82,13 @@ def _sums(layers: dict[str, QuantizedLayer], block: nn.Module, module: nn.Module
             finally:
                 for handle in handles:
                     handle.remove()
-    totals: dict[str, Sums] = {}
-    for _, name, part in sorted((found for own in gather(parts) for found in own), key=lambda found: found[0]):
-        totals[name] = totals[name] + part if name in totals else part
+    totals: dict[str, Tensor] = {}
+    # an image is one process' own: its number and the layer's name are an order without ties
+    found = (item for process in gather(own) for item in process.items())
+    for (_, name), part in sorted(found, key=lambda item: item[0]):
+        _add(totals, name, part)
     return totals
+
+
+def _add(totals: dict[Any, Tensor], key: Any, part: Tensor) -> None:
+    totals[key] = totals[key] + part if key in totals else part

@@ -11,6 +11,7 @@ from apq_mmdet.calibration.scoring import Candidate
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import KINDS, ROLES, Policy, check_pattern, name_matches, refuse_unknown
 from apq_mmdet.quantizers import OBSERVERS, Quantizer
+from apq_mmdet.registry import QUANTIZERS
 
 # APQ-ViT grids (reconstruction): (first factor, last factor, number of candidates) by layer kind
 DEFAULT_GRIDS = {
@@ -178,6 +179,8 @@ class Recipe:
         if search is None and steps:
             raise BadInputError(f"quant.{steps[0]} works on searched blocks: it needs a quant.search")
         policy = Policy.from_dict({key: quant[key] for key in policy_keys if key in quant})
+        if search is None:
+            _refuse_unfound_centers(policy)
         equalize = _strength(quant.get("equalize", 0.0))
         _refuse_unfound_factors(policy, equalize)
         return cls(
@@ -206,6 +209,17 @@ def _refuse_unfound_factors(policy: Policy, equalize: float) -> None:
                 f"quant.overrides.{name}.input: granularity 'channel' needs quant.equalize above 0, which finds the "
                 f"factors between channels"
             )
+
+
+def _refuse_unfound_centers(policy: Policy) -> None:
+    """Centers of inputs are those of the calls that are kept for a search."""
+    for key, rules in (("formats", policy.formats), ("overrides", policy.overrides)):
+        for name, rule in rules.items():
+            given = (rule.roles.get("input") or {}).get("format", "affine")
+            if QUANTIZERS.module_dict[given].centered:
+                raise BadInputError(
+                    f"quant.{key}.{name}.input: format {given!r} works on searched blocks: it needs a quant.search"
+                )
 
 
 def _strength(strength: Any) -> float:

@@ -90,6 +90,12 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
             f"layer {name!r}: format {spec.format!r} does not fit role 'weight', because weights are kept as affine "
             f"codes; use format 'affine'"
         )
+    kind = LAYERS[type(layer)].kind
+    if quantizer.centered and (kind, role) != ("Linear", "input"):
+        raise BadInputError(
+            f"layer {name!r}: format {spec.format!r} is for inputs of linear layers, whose rows are tokens, not for "
+            f"role {role!r} of kind {kind}; use format 'affine'"
+        )
     try:
         return quantizer(spec.bits, axis=axis, groups=groups, symmetric=spec.symmetric)
     except ValueError as error:

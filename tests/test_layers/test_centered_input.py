@@ -10,6 +10,7 @@ from apq_mmdet.calibration.centers import center_inputs, centered_layers
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import InputRescaling
 from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.policy import Policy
@@ -96,6 +97,45 @@ def test_other_modes_let_the_input_pass_to_the_last_bit(mode):
     layer.quantizers["input"].mode = mode
     x = torch.randn(2, 6)
     assert torch.equal(layer.quantize("input", x), layer.divided_input(x))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_channels_that_do_not_vary_have_no_say(apart):
+    """Rounding must not make a deviation out of nothing, whatever the means are."""
+    layer = tokens(nn.Sequential(nn.Linear(6, 4)))
+    x = torch.randn(1, 50, 6) * FACTORS
+    x[..., :3] = torch.tensor([1 / 3, -7.7, 1000.1])
+    with CaptureStore() as store, torch.no_grad():
+        module, calls = calls_of(store, layer, [x] if not apart else [x[:, :1], x[:, 1:]])
+        center_inputs(layer, module, calls, 1.0)
+    assert torch.equal(layer[0].input_factors[:3], torch.ones(3))
+    assert float(layer[0].input_factors[3:].log().sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_images_without_tokens_and_layers_that_run_twice():
+    model = tokens(nn.Sequential(layer := nn.Linear(6, 6), layer))
+    x = torch.randn(1, 9, 6)
+    with CaptureStore() as store, torch.no_grad():
+        module, calls = calls_of(store, model, [x[:, :0], x])
+        with float_only(model):
+            seen = torch.cat([x[0], model[0](x)[0]])
+        center_inputs(model, module, calls, 0.0)
+    assert torch.allclose(model[0].input_centers, seen.mean(0), atol=1e-5)
+
+
+def test_inputs_that_are_not_finite_are_named():
+    model = tokens(nn.Sequential(nn.Linear(6, 4)))
+    with CaptureStore() as store, torch.no_grad():
+        module, calls = calls_of(store, model, [torch.full((1, 2, 6), torch.nan)])
+        with pytest.raises(CalibrationError, match="layer '0': its inputs are NaN"):
+            center_inputs(model, module, calls, 1.0)
+
+
+@pytest.mark.parametrize(("make", "role"), [(lambda: nn.Conv2d(6, 4, 3), "input"), (lambda: nn.Linear(6, 4), "weight")])
+def test_the_format_is_for_inputs_of_linear_layers(make, role):
+    rule = {role: dict(format="token_affine")}
+    with pytest.raises(BadInputError, match=r"layer '0': format 'token_affine'"):
+        quantize_model(nn.Sequential(make()), Policy.from_dict(dict(overrides=dict(all=rule))))
 
 
 def plus(**settings):

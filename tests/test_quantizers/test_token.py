@@ -80,7 +80,7 @@ def test_gradient_is_straight_through_inside_the_range():
 def test_refuses_what_it_cannot_be():
     with pytest.raises(ValueError, match="symmetric"):
         TokenAffineQuantizer(4, symmetric=True)
-    with pytest.raises(ValueError, match="granularity"):
+    with pytest.raises(ValueError, match="groups"):
         TokenAffineQuantizer(4, groups=2)
 
 
