@@ -196,7 +196,7 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "weights rounded to nearest": _changed("model.quant.compensation.rounding", False, PLUS),
         "tokens weighted by gradients": _changed("model.quant.compensation.weighted", True, PLUS),
         "damping 0.02": _changed("model.quant.compensation.damping", 0.02, PLUS),
-        "learned codes too": _changed("model.quant.reconstruction.most_bits", 3, PLUS),
+        "codes not learned": _changed("model.quant.reconstruction.most_bits", 2, PLUS),
     },
     "learned codes of apq_plus": {
         "straight through": TWO,

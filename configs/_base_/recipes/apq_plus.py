@@ -1,6 +1,6 @@
 # The recommended recipe: channels made even, one weight range per output channel, ranges searched at the layers'
-# outputs, weights that make up for what quantized activations and their own rounding cost, and codes of two bits that
-# are learned.
+# outputs, weights that make up for what quantized activations and their own rounding cost, and codes of two and three
+# bits that are learned; inputs of three bits have a range for each token.
 _base_ = "./minmax.py"
 
 quant = dict(
@@ -33,9 +33,9 @@ quant = dict(
         ),
     ),
     compensation=dict(activations=True, rounding=True, ranges=41, damping=0.1, weighted=False),
-    # four levels a weight are too few for closed forms alone
+    # four or eight levels a weight are too few for closed forms alone
     reconstruction=dict(
-        most_bits=2,
+        most_bits=3,
         rounding="straight_through",
         weighting="none",
         iterations=200,
