@@ -28,7 +28,7 @@ LAYERS = {
     ),
 }
 GRANULARITIES = {
-    "linear": ["tensor", "channel", 3],
+    "linear": ["tensor", "channel", 3, "token"],
     "conv": ["tensor", "channel"],
     "deconv": ["tensor", "channel"],
     "query_key": ["tensor", "head"],
@@ -67,9 +67,12 @@ def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
     layer, inputs = LAYERS[kind]
     model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
     roles = ROLES.get(kind, ["weight"])
+    rule = {role: dict(granularity=granularity) for role in roles}
+    if granularity == "token":
+        rule = dict(kind="Linear", input=dict(format="token_affine"))
     settings = recipe(
         "apq",
-        formats=dict(all={role: dict(granularity=granularity) for role in roles}),
+        formats=dict(all=rule),
         search=dict(
             grids=dict.fromkeys(("Linear", "Conv2d", "ConvTranspose2d", "MatMul"), (0.6, 1.1, CANDIDATES)),
             objective=objective,
@@ -79,6 +82,8 @@ def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
     )
     quantize_model(model, settings.policy)
     ((_, quantized),) = quantized_layers(model)
+    if granularity == "token":
+        quantized.input_centers.normal_()
     calls = []
     with torch.no_grad(), quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE):
         for image, size in enumerate(SIZES):
