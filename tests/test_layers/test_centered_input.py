@@ -102,10 +102,10 @@ def test_other_modes_let_the_input_pass_to_the_last_bit(mode):
 def test_channels_that_do_not_vary_have_no_say():
     """Rounding must not make a deviation out of nothing, whatever the means are."""
     layer = tokens(nn.Sequential(nn.Linear(60, 4)))
-    x = torch.randn(1, 50, 60)
+    x = torch.randn(1, 1133, 60)
     x[..., :50] = 10 * torch.randn(50)
     with CaptureStore() as store, torch.no_grad():
-        module, calls = calls_of(store, layer, [x[:, :1], x[:, 1:]])
+        module, calls = calls_of(store, layer, [x[:, :33], x[:, 33:133], x[:, 133:]])
         center_inputs(layer, module, calls, 1.0)
     assert torch.equal(layer[0].input_factors[:50], torch.ones(50))
     assert float(layer[0].input_factors[50:].log().sum()) == pytest.approx(0, abs=1e-4)
