@@ -196,8 +196,8 @@ def test_a_block_is_searched_by_its_own_objective(monkeypatch):
     assert "cosine" in kinds
 
 
-@pytest.mark.parametrize(("bits", "learned"), [(2, 6), (3, 0)])
-def test_apq_plus_learns_where_weights_have_two_bits(bits, learned, monkeypatch):
+@pytest.mark.parametrize(("bits", "learned"), [(2, 6), (3, 6), (4, 0)])
+def test_apq_plus_learns_where_weights_have_few_bits(bits, learned, monkeypatch):
     settings = replace(shortened("apq_plus"), policy=replace(recipe("apq_plus").policy, w_bits=bits))
     blocks = []
     monkeypatch.setattr(calibrator, "reconstruct", lambda module, *_: blocks.append(module))
