@@ -146,8 +146,6 @@ def test_calibration_finds_centers_and_the_checkpoint_keeps_them():
     model = build_swin()
     float_state = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(1, 3, 37, 50)
-    with torch.no_grad():
-        want = model(x)
     quantize_model(model, plus().policy)
     calibrate(model, [x], plus())
     layers = centered_layers(model)
@@ -165,8 +163,6 @@ def test_calibration_finds_centers_and_the_checkpoint_keeps_them():
         assert all(torch.equal(a, b) for a, b in zip(model(x), other(x), strict=True))
     model.load_state_dict(float_state)  # which knows nothing of centers
     assert not any(bool(layer.input_centers.any()) for layer in layers.values())
-    with torch.no_grad(), float_only(model):
-        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(model(x), want, strict=True))
 
 
 def test_a_layer_that_is_left_float_has_none():
