@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_grid import (
+    BEST_RECIPES,
     DETECTORS,
     GROUNDS,
     NUM_CALIB,
@@ -67,10 +68,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS, metavar="NAME")
     add("--grounds", nargs="+", choices=GROUNDS, default=GROUNDS, help="checkpoints: plain, stressed")
-    add("--scopes", nargs="+", choices=SCOPES, default=SCOPES)
+    add("--scopes", nargs="+", choices=SCOPES, help="default: backbone, of the main recipes also detector")
     add("--bits", nargs="+", type=bits, help="default: W4A4 and W3A3, of the main recipes also W8A8, W6A6, W2A4")
     add("--recipes", nargs="+", help="default: all in configs/_base_/recipes")
-    add("--best", nargs="+", default=[], metavar="RECIPE", help="recipes that run with seeds 0, 1 and 2")
+    best = f"recipes that run with seeds 0, 1 and 2 (default: {', '.join(BEST_RECIPES)})"
+    add("--best", nargs="*", metavar="RECIPE", help=best)
     add("--num-calib", type=int, default=NUM_CALIB, help=f"calibration images (default: {NUM_CALIB})")
     add("--max-val", type=int, metavar="N", help="evaluate the first N val images only; kept apart from full runs")
     add("--ablations", action="store_true", help="run the table of single changes instead of the grid")
@@ -93,10 +95,9 @@ def chosen_specs(args: argparse.Namespace) -> list[Spec]:
         return [replace(spec, num_val=args.max_val) for spec in ablation_specs()]
     recipes = args.recipes or known_recipes()
     refuse_unknown(recipes, known_recipes(), "--recipes")
-    refuse_unknown(args.best, recipes, "--best")
-    return make_grid(
-        recipes, args.best, args.bits, args.detectors, args.grounds, args.scopes, args.num_calib, args.max_val
-    )
+    refuse_unknown(args.best or (), recipes, "--best")
+    best = BEST_RECIPES if args.best is None else args.best
+    return make_grid(recipes, best, args.bits, args.detectors, args.grounds, args.scopes, args.num_calib, args.max_val)
 
 
 # -- one run --------------------------------------------------------------------------------------------------

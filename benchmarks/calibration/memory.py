@@ -76,7 +76,7 @@ def main() -> None:
         rows.append(run(args, pool, args.recipe, number))
         rows[-1]["above_the_models_own_gib"] = round(rows[-1]["peak_gib"] - rows[0]["peak_gib"], 2)
         print(rows[-1], flush=True)
-    args.out.write_text(json.dumps({"memory_budget_gib": args.memory_budget, "runs": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"memory_budget_gib": args.memory_budget, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,20 @@ def test_fast_form_stands_for_a_slow_main_recipe_and_the_slow_one_comes_last():
     assert {s.bits for s in slow} == {"W4A4", "W3A3"}
 
 
-def test_given_bits_hold_for_every_recipe():
-    assert {(s.recipe, s.bits) for s in make_grid(RECIPES, bits=["W5A5"])} == {(r, "W5A5") for r in RECIPES}
+def test_given_bits_and_scopes_hold_for_every_recipe():
+    grid = make_grid(RECIPES, bits=["W5A5"], scopes=["detector"])
+    assert {(s.recipe, s.bits, s.scope) for s in grid} == {(r, "W5A5", "detector") for r in RECIPES}
+
+
+def test_whole_detectors_are_quantized_with_the_main_recipes_and_more_seeds_are_run_at_the_first_bits():
+    grid = make_grid(["minmax", "percentile"], best=["minmax"])
+    assert {(s.recipe, s.scope) for s in grid} == {
+        ("minmax", "backbone"),
+        ("minmax", "detector"),
+        ("percentile", "backbone"),
+    }
+    assert {s.bits for s in grid if s.seed} == {"W4A4", "W3A3"} < {s.bits for s in grid}
+    assert {s.seed for s in make_grid(["minmax"], best=["minmax"], bits=["W8A8"])} == {0, 1, 2}
 
 
 def test_what_is_there_is_skipped():
