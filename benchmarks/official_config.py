@@ -38,17 +38,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/official_config"))
     parser.add_argument("--num-val", type=int, default=4, help="val images to evaluate")
     parser.add_argument("--scope", default="backbone")
+    gain = "factor of the weights of queries and keys, which as drawn attend to all alike (default: 1)"
+    parser.add_argument("--query-key-gain", type=float, default=1.0, metavar="G", help=gain)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/official_config.json"))
     return parser.parse_args()
 
 
-def seeded_checkpoint(path: Path) -> None:
-    """The config's detector with weights from seed 0."""
+def seeded_checkpoint(path: Path, gain: float) -> None:
+    """The config's detector with weights from seed 0, those of queries and keys times ``gain``."""
     cfg = Config.fromfile(path.with_name("float.py"))
     register_all_modules()
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
+    for name, module in model.backbone.named_modules():
+        if name.endswith("attn.w_msa.qkv"):
+            module.weight.data[: module.out_features // 3 * 2] *= gain
     torch.save({"meta": {}, "state_dict": model.state_dict()}, path)
 
 
@@ -104,7 +109,7 @@ def main() -> None:
         f"test_dataloader = dict(dataset=dict(data_root='{root}/', indices={args.num_val}))\n"
         f"test_evaluator = dict(ann_file='{root}/annotations/instances_val2017.json')\n"
     )
-    seeded_checkpoint(args.work_dir / "float.pth")
+    seeded_checkpoint(args.work_dir / "float.pth", args.query_key_gain)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         results = [pool.submit(run_one, run, args).result() for run in RUNS]
