@@ -15,6 +15,7 @@ from apq_mmdet.calibration.centers import center_inputs, centered_layers
 from apq_mmdet.calibration.compensation import compensate
 from apq_mmdet.calibration.distributed import gather, is_first, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
+from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.output_compensation import fit_output_compensation
 from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
@@ -141,6 +142,7 @@ def _float_pass(
             teacher = task.teacher(model, samples[image])
         if blocks:
             store.put(("teacher", image), teacher)
+        release_freed()
     for _, layer in quantized_layers(model):
         if "weight" in layer.quantizers:
             quantizer = layer.quantizers["weight"]
@@ -234,6 +236,7 @@ def _finish_blocks(
                 reports.append(BlockReport(name, seconds, factors, resumed=False))
             if inputs is not None:
                 inputs.finish(name)
+            release_freed()
             bar.finish()
     return reports
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
 from apq_mmdet.calibration.distributed import gather, is_first, own_images
+from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import float_only
@@ -115,6 +116,7 @@ def capture_gradients(
             for (name, index), grads in IMPORTANCES[importance](model, gradients, image).items():
                 seen[name] |= any(bool(g.any()) for g in grads)
                 store.add_grads(name, image, index, grads)
+            release_freed()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

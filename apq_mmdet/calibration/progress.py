@@ -1,16 +1,10 @@
 """What a person sees while a search runs: block, layer, candidates left, time left, memory."""
 
-import resource
 from typing import Protocol
 
-import torch
 from tqdm import tqdm
 
-
-def peak_memory() -> dict[str, int | None]:
-    """Peak resident memory of this process and peak CUDA memory (None without CUDA), in bytes."""
-    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cuda_bytes": cuda}
+from apq_mmdet.calibration.memory import peak_memory
 
 
 class Progress(Protocol):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from apq_mmdet.calibration.progress import peak_memory
+from apq_mmdet.calibration.memory import peak_memory
 from apq_mmdet.files import write_json
 
 
