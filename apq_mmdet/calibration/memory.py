@@ -16,7 +16,7 @@ def release_freed() -> None:
     """Give memory that is free back to the system, where the C library can (glibc).
 
     An image's tensors leave holes that those of an image of another size do not fit into: over many images the
-    process grows, though what it holds does not.
+    process can grow, though what it holds does not.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
