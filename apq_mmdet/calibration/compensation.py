@@ -147,7 +147,7 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
 
 def _layers(module: nn.Module, calls: UnitCalls) -> list[tuple[str, QuantizedLayer]]:
     """Layers whose weights are compensated, by execution in the first calls of all kinds of all processes."""
-    names = {layer: name for name, layer in quantized_layers(module) if _fits(layer)}
+    names = {layer: name for name, layer in quantized_layers(module) if is_compensated(layer)}
     ran: list[str] = []
     seen: list[tuple[int, str]] = []
     handles = [layer.register_forward_pre_hook(lambda m, _: ran.append(names[m])) for layer in names]
@@ -166,7 +166,8 @@ def _layers(module: nn.Module, calls: UnitCalls) -> list[tuple[str, QuantizedLay
     return [(name, layers[name]) for name in order]
 
 
-def _fits(layer: QuantizedLayer) -> bool:
+def is_compensated(layer: QuantizedLayer) -> bool:
+    """Whether ``compensate`` replaces the weights of a layer."""
     plain = layer.kind == "Linear" or (
         layer.kind == "Conv2d"
         and layer.groups == 1

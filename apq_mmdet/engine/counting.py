@@ -1,4 +1,4 @@
-"""Counting what one forward does: operations of matrix products, in the order of execution, and captured bytes.
+"""Counting what one forward does: operations of matrix products, in the order of execution, captured bytes, units.
 
 Operations are those of Linear, Conv2d, ConvTranspose2d and attention products, two for each multiply-accumulate.
 """
@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
+from apq_mmdet.calibration.blocks import BlockCall, tensors_of, watch_blocks
+from apq_mmdet.calibration.units import to_units
 from apq_mmdet.layers.matmul import Product
 
 # float class -> (module, its first input, its output) -> operations of one call; subclasses count alike
@@ -24,28 +25,48 @@ OPERATIONS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
 
 
 @dataclass
+class CountedCall:
+    """One call of a block.
+
+    Attributes:
+        products: (module, operations) in the order of execution.
+        captured: bytes of inputs, outputs and gradients.
+        units: number of parts that can be judged apart; 1 where the call cannot be taken apart.
+        separable: whether it can.
+    """
+
+    products: list[tuple[nn.Module, int]] = field(default_factory=list)
+    captured: int = 0
+    units: int = 0
+    separable: bool = False
+
+    @property
+    def operations(self) -> int:
+        """Of the whole call."""
+        return sum(operations for _, operations in self.products)
+
+
+@dataclass
 class Count:
     """What one forward did.
 
     Attributes:
         operations: of the whole model.
-        calls: (module, operations) in the order of execution, for each call of each block.
-        captured: bytes of inputs, outputs and gradients by block.
+        calls: of each block, by its name.
     """
 
     operations: int = 0
-    calls: dict[str, list[list[tuple[nn.Module, int]]]] = field(default_factory=dict)
-    captured: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, list[CountedCall]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def counting(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Count]:
     """Context in which the forwards of ``model`` are counted; blocks do not hold one another."""
     count = Count()
-    running: list[list[tuple[nn.Module, int]]] = []  # the call of the block that runs now, if one does
+    running: list[CountedCall] = []  # the call of the block that runs now, if one does
 
     def start(name: str) -> None:
-        running.append([])
+        running.append(CountedCall())
         count.calls.setdefault(name, []).append(running[-1])
 
     def add(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -53,13 +74,14 @@ def counting(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Count]:
         operations = rule(module, tensors_of((args, kwargs))[0], output)
         count.operations += operations
         if running:
-            running[-1].append((module, operations))
+            running[-1].products.append((module, operations))
 
     def end(name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        running.pop()
+        call, outputs = running.pop(), tensors_of(output)
         # a gradient is as large as its output
-        size = bytes_of((args, kwargs)) + 2 * bytes_of(output)
-        count.captured[name] = count.captured.get(name, 0) + size
+        call.captured = bytes_of((args, kwargs)) + 2 * bytes_of(outputs)
+        _, units = to_units(blocks[name], BlockCall(args, kwargs, outputs, outputs, image=0))
+        call.units, call.separable = len(units.targets), units.separable
 
     products = [module for module in model.modules() if isinstance(module, tuple(OPERATIONS))]
     handles = [module.register_forward_hook(add, with_kwargs=True) for module in products]

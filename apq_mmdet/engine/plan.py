@@ -5,7 +5,7 @@ Operations are those of matrix products, see counting.py.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,39 +16,14 @@ from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.calibrator import HELD, check_grids
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
-from apq_mmdet.calibration.recipe import Recipe, SearchConfig
-from apq_mmdet.engine.counting import Count, bytes_of, counting, suffix_operations
-from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
+from apq_mmdet.calibration.recipe import Recipe
+from apq_mmdet.engine.block_plan import BACKWARD, BlockPlan, plan_block
+from apq_mmdet.engine.counting import bytes_of, counting
+from apq_mmdet.layers.base import float_only, quantized_layers
 from apq_mmdet.layers.state import is_added
 from apq_mmdet.quantizers.packing import packed_size
 
-GRADIENT_PASS = 3  # a disturbed forward and its backward, in float forwards
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What the calibration of one block takes.
-
-    Attributes:
-        layers: number of its layers that hold quantizers.
-        ranges: number of quantizers to search.
-        ranked: candidates that are judged at the output of their layer, all quantizers and rounds.
-        judged: candidates that are judged at the output of the block, all quantizers and rounds.
-        operations: of one float forward on the image.
-        search_operations: of the search on the image, an upper bound.
-        captured_bytes: inputs, outputs and gradients on the image.
-        reached: whether the image reached the block.
-    """
-
-    name: str
-    layers: int
-    ranges: int
-    ranked: int
-    judged: int
-    operations: int
-    search_operations: int
-    captured_bytes: int
-    reached: bool
+TRANSFORM = 3  # runs of the blocks that find what makes channels even, and the ranges of what was made even
 
 
 @dataclass(frozen=True)
@@ -102,21 +77,39 @@ class Plan:
         return self.images * sum(block.search_operations for block in self.blocks)
 
     @property
-    def forwards(self) -> int:
-        """Float forwards that one image takes beside the search."""
-        if self.recipe.search is None:
-            return 1
-        return 1 + GRADIENT_PASS + (self.recipe.search.block_input == "quantized")
+    def passes(self) -> dict[str, int]:
+        """Float forwards that one image takes beside the search and what follows it, by what they are for."""
+        recipe, found = self.recipe, {"float pass": 1}
+        if recipe.equalize:
+            found["even channels"] = TRANSFORM
+        if recipe.search is not None:
+            found["gradients"] = BACKWARD * (2 if recipe.importance == "perturbation" else 1)
+            if recipe.search.block_input == "quantized":
+                found["quantized inputs"] = 1
+        return found
 
     @property
     def pass_seconds(self) -> float:
         """Of the passes over the own images."""
-        return self.own * self.forwards * self.seconds
+        return self.own * sum(self.passes.values()) * self.seconds
 
     @property
     def search_seconds(self) -> float:
         """Of the operations of the search on the own images, at the rate of the float forward."""
-        return self.search_operations * self.own / self.images / self.rate if self.search_operations else 0.0
+        return self._seconds_at_rate(self.own * sum(block.search_operations for block in self.blocks))
+
+    @property
+    def fit_seconds(self) -> float:
+        """Of compensation on the own images, and of the learning, which every process does; at that rate."""
+        return self._seconds_at_rate(sum(self.own * b.fit_operations + b.learn_operations for b in self.blocks))
+
+    @property
+    def calibration_seconds(self) -> float:
+        """Of all that, at most."""
+        return self.pass_seconds + self.search_seconds + self.fit_seconds
+
+    def _seconds_at_rate(self, operations: int) -> float:
+        return operations / self.rate if operations else 0.0
 
     @property
     def captured_bytes(self) -> int:
@@ -160,7 +153,7 @@ def make_plan(
         images=len(images),
         processes=get_dist_info()[1],
         own=len(own_images(len(images))),
-        blocks=[_block_plan(name, blocks[name], count, recipe.search) for name in order],
+        blocks=[plan_block(name, blocks[name], count, recipe) for name in order],
         operations=count.operations,
         seconds=seconds,
         machine=_machine(model),
@@ -183,39 +176,6 @@ def _seconds(model: nn.Module, sample: Any, task: CalibrationTask) -> float:
 def _machine(model: nn.Module) -> str:
     device = next(model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-
-
-def _block_plan(name: str, block: nn.Module, count: Count, search: SearchConfig | None) -> BlockPlan:
-    layers = [layer for _, layer in quantized_layers(block) if layer.quantizers]
-    calls = count.calls.get(name, [])
-    ranked = judged = search_operations = 0
-    if search is not None:
-        for layer in layers:
-            own = sum(operations for call in calls for module, operations in call if module is layer)
-            suffix = sum(suffix_operations(call, layer) for call in calls)
-            for role, quantizer in layer.quantizers.items():
-                at_layer, at_block = _candidates(len(search.candidates(layer.kind, role, quantizer)), search)
-                ranked += search.rounds * at_layer
-                judged += search.rounds * at_block
-                search_operations += search.rounds * (at_layer * own + at_block * suffix)
-    return BlockPlan(
-        name=name,
-        layers=len(layers),
-        ranges=len(quantizers_of(block)),
-        ranked=ranked,
-        judged=judged,
-        operations=sum(operations for call in calls for _, operations in call),
-        search_operations=search_operations,
-        captured_bytes=count.captured.get(name, 0) if search is not None else 0,
-        reached=bool(calls),
-    )
-
-
-def _candidates(number: int, search: SearchConfig) -> tuple[int, int]:
-    """How many of ``number`` candidates are judged at the output of their layer, and how many at that of the block."""
-    if search.metric == "module":
-        return number, 0
-    return (number, search.shortlist) if 0 < search.shortlist < number else (0, number)
 
 
 def weight_sizes(model: nn.Module) -> Sizes:
@@ -257,7 +217,7 @@ def _table(blocks: Sequence[BlockPlan]) -> list[str]:
     rows = [("block", "layers", "ranges", "candidates", "operations", "captured", "search at most")]
     for b in blocks:
         rows.append((b.name, *_cells(b)))
-    keys = ("layers", "ranges", "ranked", "judged", "operations", "search_operations", "captured_bytes")
+    keys = [key.name for key in fields(BlockPlan) if key.name not in ("name", "reached")]
     total = BlockPlan(name="all", reached=True, **{key: sum(getattr(b, key) for b in blocks) for key in keys})
     rows.append((total.name, *_cells(total)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -293,21 +253,31 @@ def _size_lines(sizes: Sizes) -> list[str]:
 def _time_lines(plan: Plan) -> list[str]:
     search = plan.recipe.search
     machine = f"{plan.machine}; {_seconds_text(plan.seconds)} a forward, {_number(plan.rate)} operations/s"
+    parts = ", ".join(f"{name} {number}" for name, number in plan.passes.items())
+    forwards = sum(plan.passes.values())
+    passes = f"  passes: {plan.own} images x {forwards} forwards = {_seconds_text(plan.pass_seconds)} ({parts})"
     if search is None:
         return [
             "search: nothing is searched, ranges are the least and greatest values seen",
-            f"time: about {_seconds_text(plan.pass_seconds)} here ({machine}), one forward for each image",
+            f"time: about {_seconds_text(plan.pass_seconds)} here ({machine})",
+            passes,
         ]
     sampled = [f"{key} = {getattr(search, key)}" for key in ("windows", "rows") if getattr(search, key)]
-    parts = f"float pass 1, gradients about {GRADIENT_PASS}"
-    if search.block_input == "quantized":
-        parts += ", quantized inputs 1"
     before = f", before sampling ({', '.join(sampled)})" if sampled else ""
-    return [
+    lines = [
         f"search: at most {_number(plan.search_operations)} operations on {plan.images} images{before}",
-        f"time: about {_seconds_text(plan.pass_seconds + plan.search_seconds)} here ({machine})",
-        f"  passes: {plan.own} images x {plan.forwards} forwards = {_seconds_text(plan.pass_seconds)} ({parts})",
+        f"time: about {_seconds_text(plan.calibration_seconds)} here ({machine})",
+        passes,
         f"  search: {plan.own} images at that rate = {_seconds_text(plan.search_seconds)}",
+    ]
+    if plan.fit_seconds:
+        learned = sum(block.learn_operations for block in plan.blocks)
+        steps = f", {_number(learned)} of them in training steps" if learned else ""
+        fitted = learned + plan.own * sum(block.fit_operations for block in plan.blocks)
+        operations = f"{_number(fitted)} operations{steps}"
+        lines.append(f"  weights: {operations}, at that rate = {_seconds_text(plan.fit_seconds)}")
+    return [
+        *lines,
         "  The search figure is every candidate in every round on the part of its block that it changes, at the rate",
         "  of the float forward. Screening, sampling and idle rounds make it less; quantizers and errors,",
         "  no matrix products, make it more, and can outweigh that on small images. Evaluation comes on top.",

@@ -130,7 +130,7 @@ def row_cost(
     shared = dataclasses.replace(plan, processes=processes, own=own)
     whole_blocks = plan.sizes.state_float if model.recipe.changes_weights else 0  # finished blocks, for --resume
     return Cost(
-        calibration_seconds=shared.pass_seconds + shared.search_seconds,
+        calibration_seconds=shared.calibration_seconds,
         evaluation_seconds=evaluated / processes * plan.seconds,
         memory_bytes=plan.sizes.state_float + memory_budget,
         kept_bytes=plan.sizes.state_packed + whole_blocks + LOG_BYTES,

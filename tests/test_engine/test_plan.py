@@ -103,7 +103,39 @@ def test_time_and_memory(swin_images):
     assert plan.search_seconds == pytest.approx(plan.search_operations * plan.seconds / plan.operations)
     assert plan.disk_bytes == plan.captured_bytes - 5_000
     anew = recipe("apq", search=dict(rounds=1, grids=short_grids(4), block_input="quantized"))
-    assert plan_of(build_swin(), anew, swin_images).forwards == 4 + 1
+    assert sum(plan_of(build_swin(), anew, swin_images).passes.values()) == 4 + 1
+    more = recipe("apq", importance="perturbation", equalize=1.0, search=dict(rounds=1, grids=short_grids(4)))
+    assert plan_of(build_swin(), more, swin_images).passes == {"float pass": 1, "even channels": 3, "gradients": 6}
+
+
+def test_what_is_fitted_after_the_search(swin_images):
+    learned = dict(iterations=10, batch=3, most_bits=3)
+    settings = dict(
+        search=dict(rounds=1, grids=short_grids(4)), overrides=dict(e=dict(pattern="patch_embed.*", bits=3))
+    )
+    used = recipe("apq", compensation=dict(weighted=False), reconstruction=learned, **settings)
+    plan = plan_of(build_swin(), used, swin_images)
+    embed, block, _ = plan.blocks
+    # 64 tokens of 48 values, one layer: float and quantized runs, two matrices in float64; then the objective twice
+    matrices = 2 * 2 * 2 * 64 * 48**2
+    assert embed.fit_operations == 2 * embed.operations + matrices + 2 * embed.operations
+    assert embed.learn_operations == 10 * 3 * 3 * embed.operations // 64
+    # of six layers qkv, proj and the ffn's two have weights; 4 padded windows of 49 tokens, 64 tokens behind them
+    matrices = 2 * 2 * 2 * (196 * 8**2 * 2 + 64 * 8**2 + 64 * 32**2)
+    assert (block.fit_operations, block.learn_operations) == (4 * 2 * block.operations + matrices, 0)
+    fitted = sum(3 * b.fit_operations + b.learn_operations for b in plan.blocks)
+    assert plan.fit_seconds == pytest.approx(fitted * plan.seconds / plan.operations)
+    assert plan.calibration_seconds == pytest.approx(plan.pass_seconds + plan.search_seconds + plan.fit_seconds)
+    assert "of them in training steps" in render_plan(plan)
+    weighted = recipe("apq", compensation=dict(weighted=True), **settings)
+    assert plan_of(build_swin(), weighted, swin_images).blocks[1].fit_operations == 4 * 4 * block.operations + matrices
+
+
+def test_a_step_takes_a_whole_call_where_it_cannot_be_taken_apart():
+    model = nn.Sequential(nn.Linear(4, 6))  # no block class: a block of its own, whose calls stay whole
+    used = recipe("apq", reconstruction=dict(iterations=10, batch=3), search=dict(rounds=1, grids=short_grids(4)))
+    (block,) = plan_of(model, used, [torch.randn(5, 4)]).blocks
+    assert block.learn_operations == 10 * 3 * block.operations == 10 * 3 * 2 * 5 * 4 * 6
 
 
 def test_sizes_are_those_of_the_checkpoint(swin_images):
@@ -134,7 +166,7 @@ def test_the_model_is_left_as_it_was(swin_images):
 
 def test_minmax_searches_nothing(swin_images):
     plan = plan_of(build_swin(), recipe("minmax"), swin_images)
-    assert (plan.search_operations, plan.captured_bytes, plan.forwards) == (0, 0, 1)
+    assert (plan.search_operations, plan.captured_bytes, plan.passes) == (0, 0, {"float pass": 1})
     text = render_plan(plan)
     assert "nothing is searched" in text
     assert "nothing is captured" in text

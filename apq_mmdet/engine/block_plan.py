@@ -1,0 +1,111 @@
+"""What the calibration of one block takes: candidates, and operations of its search and of what is fitted after it.
+
+Operations are those of matrix products, see counting.py, in units of float32: one of float64 counts twice.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from apq_mmdet.calibration.compensation import CompensationConfig, is_compensated
+from apq_mmdet.calibration.recipe import Recipe, SearchConfig
+from apq_mmdet.calibration.reconstruction import ReconstructionConfig, worth_reconstructing
+from apq_mmdet.engine.counting import Count, CountedCall, suffix_operations
+from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
+
+BACKWARD = 3  # a forward and its backward, in forwards
+FLOAT64 = 2
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What the calibration of one block takes.
+
+    Attributes:
+        layers: number of its layers that hold quantizers.
+        ranges: number of quantizers to search.
+        ranked: candidates that are judged at the output of their layer, all quantizers and rounds.
+        judged: candidates that are judged at the output of the block, all quantizers and rounds.
+        operations: of one float forward on the image.
+        search_operations: of the search on the image, an upper bound.
+        fit_operations: of compensation, and of what reconstruction does with all units, on the image.
+        learn_operations: of the training steps of reconstruction, however many images there are.
+        captured_bytes: inputs, outputs and gradients on the image.
+        reached: whether the image reached the block.
+    """
+
+    name: str
+    layers: int
+    ranges: int
+    ranked: int
+    judged: int
+    operations: int
+    search_operations: int
+    fit_operations: int
+    learn_operations: int
+    captured_bytes: int
+    reached: bool
+
+
+def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> BlockPlan:
+    """Plan one block from what a float forward of one image did."""
+    search = recipe.search
+    layers = [layer for _, layer in quantized_layers(block) if layer.quantizers]
+    calls = count.calls.get(name, [])
+    ranked = judged = search_operations = 0
+    if search is not None:
+        for layer in layers:
+            suffix = sum(suffix_operations(call.products, layer) for call in calls)
+            for role, quantizer in layer.quantizers.items():
+                at_layer, at_block = _candidates(len(search.candidates(layer.kind, role, quantizer)), search)
+                ranked += search.rounds * at_layer
+                judged += search.rounds * at_block
+                search_operations += search.rounds * (at_layer * _own(layer, calls) + at_block * suffix)
+    operations = sum(call.operations for call in calls)
+    stages = [stage for stage in recipe.reconstruction if worth_reconstructing(block, stage)]
+    fit_operations = 2 * len(stages) * operations  # the objective before and after
+    if recipe.compensation is not None:
+        fit_operations += _compensation(layers, calls, recipe.compensation)
+    return BlockPlan(
+        name=name,
+        layers=len(layers),
+        ranges=len(quantizers_of(block)),
+        ranked=ranked,
+        judged=judged,
+        operations=operations,
+        search_operations=search_operations,
+        fit_operations=fit_operations,
+        learn_operations=sum(_learning(calls, stage) for stage in stages),
+        captured_bytes=sum(call.captured for call in calls) if search is not None else 0,
+        reached=bool(calls),
+    )
+
+
+def _own(layer: QuantizedLayer, calls: list[CountedCall]) -> int:
+    return sum(operations for call in calls for module, operations in call.products if module is layer)
+
+
+def _candidates(number: int, search: SearchConfig) -> tuple[int, int]:
+    """How many of ``number`` candidates are judged at the output of their layer, and how many at that of the block."""
+    if search.metric == "module":
+        return number, 0
+    return (number, search.shortlist) if 0 < search.shortlist < number else (0, number)
+
+
+def _compensation(layers: list[QuantizedLayer], calls: list[CountedCall], config: CompensationConfig) -> int:
+    """Of each layer, the float and the quantized block run, and every token adds to two [K, K] matrices of float64."""
+    block = sum(call.operations for call in calls)
+    runs = 1 + (BACKWARD if config.weighted else 1)
+    total = 0
+    for layer in filter(is_compensated, layers):
+        if own := _own(layer, calls):
+            tokens = own // (2 * layer.weight.numel())
+            total += runs * block + FLOAT64 * 2 * tokens * 2 * layer.depth**2
+    return total
+
+
+def _learning(calls: list[CountedCall], config: ReconstructionConfig) -> int:
+    """Steps on ``batch`` units of calls that can be taken apart, and on one whole call of those that cannot."""
+    units = sum(call.units for call in calls)
+    drawn = sum(call.operations * (config.batch if call.separable else call.units) for call in calls)
+    return config.iterations * BACKWARD * drawn // max(units, 1)  # calls are drawn by their number of units
