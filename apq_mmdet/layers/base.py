@@ -147,6 +147,13 @@ def quantizers_of(model: nn.Module) -> list[Quantizer]:
     return [module for module in model.modules() if isinstance(module, Quantizer)]
 
 
+def needs_whole_input(layer: nn.Module) -> bool:
+    """Whether codes of one part of an image depend on its other parts, so that a convolution cannot judge it apart."""
+    if not isinstance(layer, QuantizedLayer) or layer.kind == "Linear" or "input" not in layer.quantizers:
+        return False
+    return layer.quantizers["input"].dynamic
+
+
 def float_only(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which ``model`` computes exactly its float function."""
     return quantizer_mode(quantizers_of(model), QuantizerMode.FLOAT)

@@ -91,10 +91,10 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
             f"codes; use format 'affine'"
         )
     kind = LAYERS[type(layer)].kind
-    if quantizer.centered and (kind, role) != ("Linear", "input"):
+    if quantizer.inputs_of and (role != "input" or kind not in quantizer.inputs_of):
         raise BadInputError(
-            f"layer {name!r}: format {spec.format!r} is for inputs of linear layers, whose rows are tokens, not for "
-            f"role {role!r} of kind {kind}; use format 'affine'"
+            f"layer {name!r}: format {spec.format!r} is for inputs of {', '.join(quantizer.inputs_of)}, not for role "
+            f"{role!r} of kind {kind}; use format 'affine'"
         )
     try:
         return quantizer(spec.bits, axis=axis, groups=groups, symmetric=spec.symmetric)

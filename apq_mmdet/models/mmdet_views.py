@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.units import View, register_view
+from apq_mmdet.layers.base import needs_whole_input
 
 SEPARATED = -100.0  # what mmdet adds to the logits of tokens that a shifted window must keep apart
 
@@ -124,7 +125,8 @@ def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
     (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
     conv = block.projection
-    if not _runs(block, PatchEmbed) or len(x) != 1 or any(conv.padding) or any(d != 1 for d in conv.dilation):
+    apart = not any(conv.padding) and all(d == 1 for d in conv.dilation) and not needs_whole_input(conv)
+    if not _runs(block, PatchEmbed) or len(x) != 1 or not apart:
         return None
     x = block.adap_padding(x) if block.adap_padding else x
     patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0].t()

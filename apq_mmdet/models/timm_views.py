@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.units import View, register_view
+from apq_mmdet.layers.base import needs_whole_input
 from apq_mmdet.models.mmdet_views import on_valid_tokens, region_mask
 
 
@@ -109,9 +110,9 @@ def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
     (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
     channels_first = not block.flatten and block.output_fmt is Format.NCHW
-    if type(block).forward is not PatchEmbed.forward or len(x) != 1 or channels_first:
-        return None
     conv = block.proj
+    if type(block).forward is not PatchEmbed.forward or len(x) != 1 or channels_first or needs_whole_input(conv):
+        return None
     if block.dynamic_img_pad:
         x = F.pad(x, (0, -x.shape[3] % conv.stride[1], 0, -x.shape[2] % conv.stride[0]))
     patches = F.unfold(x, conv.kernel_size, stride=conv.stride)[0].t()

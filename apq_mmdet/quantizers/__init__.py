@@ -2,6 +2,7 @@
 
 from apq_mmdet.quantizers.affine import AffineQuantizer
 from apq_mmdet.quantizers.base import Quantizer, QuantizerMode, quantizer_mode
+from apq_mmdet.quantizers.dynamic import DynamicAffineQuantizer
 from apq_mmdet.quantizers.log import AdaptiveLogQuantizer, LogSqrt2Quantizer, ShiftLog2Quantizer
 from apq_mmdet.quantizers.matthew import MatthewQuantizer
 from apq_mmdet.quantizers.observers import OBSERVERS, MinMaxObserver, Observer, PercentileObserver
@@ -14,6 +15,7 @@ __all__ = [
     "OBSERVERS",
     "AdaptiveLogQuantizer",
     "AffineQuantizer",
+    "DynamicAffineQuantizer",
     "LogSqrt2Quantizer",
     "MatthewQuantizer",
     "MinMaxObserver",

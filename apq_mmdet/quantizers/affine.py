@@ -35,6 +35,13 @@ def _clip(x: Tensor, low: Bound, high: Bound) -> Tensor:
     return torch.minimum(x, high, out=x)
 
 
+def fake_quantize_affine(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
+    """``clip(round(x / scale), low, high) scale``; its gradient is that of x inside the range and zero outside."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(x, scale, low, high)
+    return _clip(torch.div(x, scale).round_(), low, high).mul_(scale)
+
+
 @Fused
 def shifted_codes(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """``clip(round(x / scale), low, high)``: codes less the zero point, whose bounds are ``low`` and ``high``."""
@@ -83,10 +90,7 @@ class AffineQuantizer(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the base class."""
-        scale, low, high = self._broadcast(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _StraightThrough.apply(x, scale, low, high)
-        return _clip(torch.div(x, scale).round_(), low, high).mul_(scale)
+        return fake_quantize_affine(x, *self._broadcast(x))
 
     def shifted_codes(self, x: Tensor) -> Tensor:
         """See the base class."""

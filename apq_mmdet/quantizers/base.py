@@ -42,6 +42,8 @@ class Quantizer(nn.Module, ABC):
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
         min_factor: smallest range factor that a search may choose.
         ranged: whether the range factor changes anything; where not, a search need not try more than one.
+        inputs_of: kinds of layers whose inputs alone the format is for; empty where it does not matter.
+        dynamic: whether the grid of a value follows the values around it.
         centered: whether layers take the mean of each channel off what it quantizes.
         linear: whether values are ``(code - zero_point) * scale``, so that layers can multiply codes.
         variants: what a search tries with every range factor; empty for formats without a variant.
@@ -50,6 +52,8 @@ class Quantizer(nn.Module, ABC):
 
     min_factor = 0.0
     ranged = True
+    inputs_of: tuple[str, ...] = ()
+    dynamic = False
     centered = False
     linear = False
     variants: tuple[float, ...] = ()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.errors import CalibrationError
-from apq_mmdet.quantizers.base import Quantizer
+from apq_mmdet.quantizers.dynamic import DynamicQuantizer
 from apq_mmdet.registry import QUANTIZERS
 
 
@@ -24,7 +24,7 @@ class _RoundRows(torch.autograd.Function):
 
 
 @QUANTIZERS.register_module(name="row_affine")
-class RowAffineQuantizer(Quantizer):
+class RowAffineQuantizer(DynamicQuantizer):
     """Unsigned codes with zero point 0 of attention maps A [..., N, M], the last axis a softmax that sums to one.
 
     s_i = f max_j A_ij / (2^k - 1); q_ij = clamp(round(A_ij / s_i), 0, 2^k - 1);
@@ -35,35 +35,22 @@ class RowAffineQuantizer(Quantizer):
     what integer attention kernels multiply. What rounding takes from a row, mostly from its many small probabilities,
     goes to all of its entries alike. In a product with values that is a rank-one term, A' v = s_i (q v) + r_i mean(v),
     with r_i from the integer row sums of q. Masked entries take part in it: their share of a row's rest is not zero.
-
-    Raises:
-        ValueError: ``symmetric`` was asked for.
-
-    Attributes:
-        scale: step as a share of the row's largest value, f / (2^k - 1).
     """
 
-    def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
-        if symmetric:
-            raise ValueError("the row_affine format is unsigned by definition: symmetric=True makes no sense here")
-        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
+    name = "row_affine"
+    grouped = True
 
     def parameters_for(
         self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
     ) -> tuple[Tensor, ...]:
-        """See the base class; the range is a share of what each row brings along, not of ``high``.
+        """See the base class; the range is a share of a row's largest value.
 
         Raises:
             CalibrationError: a negative value was observed, so the tensor is no attention map.
         """
         if bool((low < 0).any()):
             raise CalibrationError("the row_affine format quantizes softmax outputs; negative values were observed")
-        scale = torch.full_like(high, factor / self.code_max, dtype=torch.float32)
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-
-    def range_error(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """See the base class; zero, because no observed range changes anything."""
-        return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return super().parameters_for(low, high, factor, variant)
 
     def row_steps(self, x: Tensor) -> Tensor:
         """The step s_i of each row of ``x`` [..., N, M], in the dtype of ``x``: [..., N, 1]."""
@@ -74,16 +61,12 @@ class RowAffineQuantizer(Quantizer):
         """See the base class."""
         return torch.div(x, self.row_steps(x)).round_().clamp_(self.code_min, self.code_max).to(torch.int32)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """See ``decode_rows``; codes alone do not tell the steps of their rows."""
-        raise TypeError("values of row_affine codes need the steps of their rows: use decode_rows")
-
-    def decode_rows(self, codes: Tensor, steps: Tensor) -> Tensor:
+    def decode_on(self, codes: Tensor, steps: Tensor) -> Tensor:
         """Values of codes [..., N, M] in rows of given steps [..., N, 1], in the dtype of the steps."""
         return _with_unit_sum(codes.to(steps.dtype) * steps)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """``decode_rows(encode(x), row_steps(x))``, equal to the last bit; straight-through gradient."""
+        """``decode_on(encode(x), row_steps(x))``, equal to the last bit; straight-through gradient."""
         return _with_unit_sum(_RoundRows.apply(x, self.row_steps(x), self.code_max))
 
 

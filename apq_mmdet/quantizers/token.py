@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from apq_mmdet.quantizers.base import Quantizer
+from apq_mmdet.quantizers.dynamic import DynamicQuantizer
 from apq_mmdet.registry import QUANTIZERS
 
 
@@ -28,7 +28,7 @@ def _values(rounded: Tensor, low: Tensor, step: Tensor, highest: int) -> Tensor:
 
 
 @QUANTIZERS.register_module(name="token_affine")
-class TokenAffineQuantizer(Quantizer):
+class TokenAffineQuantizer(DynamicQuantizer):
     """Unsigned codes of tokens x [..., channels], each on its own affine grid.
 
     With m_t the middle between the least and the largest value of token t and r_t half of what is between them,
@@ -41,33 +41,11 @@ class TokenAffineQuantizer(Quantizer):
 
     A layer takes the mean of each input channel off its input first (``QuantizedLayer.input_centers``), so that a
     token's range is about what sets it apart from other tokens.
-
-    Raises:
-        ValueError: ``symmetric`` was asked for, or more than one group.
-
-    Attributes:
-        scale: step as a share of what a token's values span, f / (2^k - 1).
     """
 
+    name = "token_affine"
+    inputs_of = ("Linear",)
     centered = True
-
-    def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
-        if symmetric:
-            raise ValueError("the token_affine format is unsigned by definition: symmetric=True makes no sense here")
-        if groups != 1:
-            raise ValueError("the token_affine format has one grid for each token: it makes no groups of channels")
-        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
-
-    def parameters_for(
-        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
-    ) -> tuple[Tensor, ...]:
-        """See the base class; the range is a share of what each token brings along, not of what was observed."""
-        scale = torch.full_like(high, factor / self.code_max, dtype=torch.float32)
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-
-    def range_error(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """See the base class; zero, because no observed range changes anything."""
-        return torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Offset l_t and step s_t of each token of ``x`` [..., channels], in its dtype: [..., 1] each."""
@@ -82,16 +60,12 @@ class TokenAffineQuantizer(Quantizer):
         low, step = self.grid(x)
         return torch.sub(x, low).div_(step).round_().clamp_(self.code_min, self.code_max).to(torch.int32)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """See ``decode_tokens``; codes alone do not tell the grids of their tokens."""
-        raise TypeError("values of token_affine codes need the grids of their tokens: use decode_tokens")
-
-    def decode_tokens(self, codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
+    def decode_on(self, codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
         """Values of codes [..., channels] on given grids, offset and step [..., 1], in their dtype."""
         return codes.to(step.dtype) * step + low
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """``decode_tokens(encode(x), *grid(x))``, equal to the last bit; straight-through gradient."""
+        """``decode_on(encode(x), *grid(x))``, equal to the last bit; straight-through gradient."""
         low, step = self.grid(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _RoundTokens.apply(x, low, step, self.code_max)

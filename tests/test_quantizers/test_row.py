@@ -53,8 +53,8 @@ def test_codes_and_values_agree():
     codes = quantizer.encode(a)
     assert codes.min() >= 0
     assert codes.max() == 15
-    assert torch.equal(quantizer.decode_rows(codes, quantizer.row_steps(a)), quantizer(a))
-    with pytest.raises(TypeError, match="decode_rows"):
+    assert torch.equal(quantizer.decode_on(codes, quantizer.row_steps(a)), quantizer(a))
+    with pytest.raises(TypeError, match="decode_on"):
         quantizer.decode(codes)
 
 

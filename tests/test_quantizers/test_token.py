@@ -51,8 +51,8 @@ def test_codes_and_values_agree():
     quantizer = calibrated(3, 0.8)
     codes = quantizer.encode(x)
     assert (codes.min(), codes.max()) == (0, 7)
-    assert torch.equal(quantizer.decode_tokens(codes, *quantizer.grid(x)), quantizer(x))
-    with pytest.raises(TypeError, match="decode_tokens"):
+    assert torch.equal(quantizer.decode_on(codes, *quantizer.grid(x)), quantizer(x))
+    with pytest.raises(TypeError, match="decode_on"):
         quantizer.decode(codes)
 
 
