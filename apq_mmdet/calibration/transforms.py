@@ -3,8 +3,8 @@
 Channels of very different ranges cost a per-tensor quantizer its codes. Where a linear layer follows, the ranges can be
 made even at no cost: what one tensor is divided by, the next one's weights are multiplied by. Full equalization behind
 a LayerNorm is the scale reparameterization of RepQ-ViT (arXiv 2212.08254, section 3.3), a strength between 0 and 1 a
-migration as in SmoothQuant (arXiv 2211.10438, equation 4, there without its weight term). RepQ-ViT's shift of zero
-points is left out on purpose: Swin pads windows with zeros behind the norm, and zeros stay zeros under a scale alone.
+migration as in SmoothQuant (arXiv 2211.10438, equation 4, without its weight term). RepQ-ViT's shift of zero points is
+left out on purpose: Swin pads windows with zeros behind the norm, and zeros stay zeros under a scale alone.
 """
 
 from abc import ABC, abstractmethod
@@ -92,18 +92,6 @@ class InputRescaling(Rescaling):
     def spans(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         """max - min with zero included, of what is left after dividing by the factors so far."""
         return {"input": (high.clamp(min=0) - low.clamp(max=0)) / self.layer.input_factors.cpu().double()}
-
-    def imbalance(self, low: Tensor, high: Tensor) -> Tensor:
-        """Of a linear layer sqrt(span_j / |W_j|), behind which inputs and columns of the weight are equally uneven.
-
-        SmoothQuant's equation 4 with alpha = 0.5, on norms of columns. On the demo detectors linear layers gain by it,
-        while convolutions do better with even inputs.
-        """
-        span = super().imbalance(low, high)
-        if not isinstance(self.layer, nn.Linear):
-            return span
-        norms = self.layer.weight.detach().cpu().double().norm(dim=0)  # [channels]
-        return (span / norms).sqrt()
 
 
 class QueryKeyRescaling(Rescaling):

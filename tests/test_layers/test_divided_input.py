@@ -58,17 +58,13 @@ def test_values_by_the_plain_formula_in_float64(kind):
     assert torch.allclose(model(x), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_factors_make_a_linear_layer_share_its_unevenness_and_a_convolution_even(kind):
-    (layer,) = divided(LAYERS[kind][0])
-    weight = layer.weight.detach().double().clone()
+def test_spans_are_of_what_is_left():
+    (layer,) = divided(LAYERS["linear"][0])
     place = InputRescaling("input", layer)
     low, high = -UNEVEN.double(), 2 * UNEVEN.double()
-    want = (3 * UNEVEN / weight.norm(dim=0)).sqrt() if kind == "linear" else 3 * UNEVEN.double()
-    factors = place.imbalance(low, high)
-    assert torch.allclose(factors, want)
-    place.divide(factors)
-    assert torch.allclose(place.imbalance(low, high), torch.ones(6).double(), rtol=1e-6)  # of what is left
+    assert torch.allclose(place.imbalance(low, high), 3 * UNEVEN.double())
+    place.divide(UNEVEN)
+    assert torch.allclose(place.imbalance(low, high), torch.full((6,), 3.0).double(), rtol=1e-6)
 
 
 def plus(**settings):
@@ -76,7 +72,7 @@ def plus(**settings):
     return recipe("apq_plus", search=search, **settings)
 
 
-def test_calibration_shares_unevenness_behind_the_gelu_with_the_weight_and_the_checkpoint_keeps_it():
+def test_calibration_makes_channels_behind_the_gelu_even_and_the_checkpoint_keeps_it():
     model = build_swin()
     quantize_model(model, plus().policy)
     dividing = {name: layer for name, layer in quantized_layers(model) if layer.input_factors is not None}
@@ -87,17 +83,15 @@ def test_calibration_shares_unevenness_behind_the_gelu_with_the_weight_and_the_c
         layer.quantizers["input"].register_forward_pre_hook(lambda _, x, n=name: seen.setdefault(n, []).append(x[0]))
     calibrate(model, images, plus(compensation=None))  # which would move them a little
     for name, layer in dividing.items():
-        assert layer.input_factors.max() / layer.input_factors.min() > 1.15
+        assert layer.input_factors.max() / layer.input_factors.min() > 1.3
         seen[name].clear()
     with torch.no_grad(), float_only(model):
         for image in images:
             model(image)
-        weights = {name: layer.weight.clone() for name, layer in dividing.items()}
-    for name, rows in seen.items():
+    for rows in seen.values():
         x = torch.cat([r.flatten(0, -2) for r in rows])
         spans = x.amax(0).clamp(min=0) - x.amin(0).clamp(max=0)
-        even = spans / weights[name].norm(dim=0)  # both seen in float, hardly moved since
-        assert torch.allclose(even, even.mean().expand_as(even), rtol=1e-4)
+        assert torch.allclose(spans, spans.mean().expand_as(spans), rtol=1e-4)  # seen in float, hardly moved since
 
     state = packed_state_dict(model)
     torch.manual_seed(1)
