@@ -211,8 +211,28 @@ def test_inputs_that_apq_plus_divides():
         ("backbone.stages.0.blocks.1.ffn.layers.1", "Linear", "channel"),
         ("backbone.model.layers_0.blocks.1.mlp.fc2", "Linear", "channel"),
         ("neck.fpn_convs.0.conv", "Conv2d", "channel"),
-        ("roi_head.bbox_head.shared_fcs.0", "Linear", "channel"),
+        ("rpn_head.rpn_conv", "Conv2d", "channel"),
         ("backbone.stages.0.blocks.1.ffn.layers.0.0", "Linear", "tensor"),
         ("backbone.patch_embed.projection", "Conv2d", "tensor"),
     ):
         assert policy.scheme(name, kind, ("weight", "input"))[0]["input"].granularity == granularity
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "formats"),
+    [
+        ("neck.fpn_convs.0.conv", "Conv2d", {2: "affine channel", 4: "affine channel", 6: "affine channel"}),
+        (
+            "rpn_head.rpn_conv",
+            "Conv2d",
+            {2: "dynamic_affine channel", 4: "dynamic_affine channel", 6: "affine channel"},
+        ),
+        ("roi_head.bbox_head.0.fc_cls", "Linear", {3: "dynamic_affine tensor", 4: "dynamic_affine tensor"}),
+        ("roi_head.mask_head.conv_logits", "Conv2d", {4: "dynamic_affine channel"}),
+        ("head.fc", "Linear", {3: "token_affine channel", 4: "affine channel"}),  # of a classifier
+    ],
+)
+def test_inputs_of_heads_in_apq_plus(name, kind, formats):
+    for bits, wanted in formats.items():
+        spec = recipe("apq_plus", a_bits=bits).policy.scheme(name, kind, ("weight", "input"))[0]["input"]
+        assert f"{spec.format} {spec.granularity}" == wanted

@@ -14,6 +14,7 @@ from apq_mmdet.calibration.units import UnitCalls, to_units
 from apq_mmdet.layers import quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+from apq_mmdet.registry import QUANTIZERS
 
 SIZES = (5, 9, 13)  # units of three images, odd
 CANDIDATES = 24
@@ -27,9 +28,9 @@ LAYERS = {
         lambda n: [torch.randn(n, 2, 7, 7).mul(3).softmax(-1), torch.randn(n, 2, 7, 5)],
     ),
 }
-GRANULARITIES = {
-    "linear": ["tensor", "channel", 3, "token"],
-    "conv": ["tensor", "channel"],
+GRANULARITIES = {  # or formats of inputs that follow the data
+    "linear": ["tensor", "channel", 3, "token_affine", "dynamic_affine"],
+    "conv": ["tensor", "channel", "dynamic_affine"],
     "deconv": ["tensor", "channel"],
     "query_key": ["tensor", "head"],
     "attention_value": ["tensor", "head"],
@@ -68,8 +69,8 @@ def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
     model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
     roles = ROLES.get(kind, ["weight"])
     rule = {role: dict(granularity=granularity) for role in roles}
-    if granularity == "token":
-        rule = dict(kind="Linear", input=dict(format="token_affine"))
+    if granularity in QUANTIZERS.module_dict:
+        rule = dict(kind=["Linear", "Conv2d"][kind == "conv"], input=dict(format=granularity))
     settings = recipe(
         "apq",
         formats=dict(all=rule),
@@ -82,7 +83,7 @@ def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
     )
     quantize_model(model, settings.policy)
     ((_, quantized),) = quantized_layers(model)
-    if granularity == "token":
+    if granularity == "token_affine":
         quantized.input_centers.normal_()
     calls = []
     with torch.no_grad(), quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE):

@@ -1,6 +1,7 @@
 # The recommended recipe: channels made even, one weight range per output channel, ranges searched at the layers'
 # outputs, weights that make up for what quantized activations and their own rounding cost, and codes of two and three
-# bits that are learned; inputs of three bits have a range for each token.
+# bits that are learned; inputs of three bits have a range for each token, those of heads from four bits down one for
+# each RoI or feature map.
 _base_ = "./minmax.py"
 
 quant = dict(
@@ -15,6 +16,14 @@ quant = dict(
         head_convs=dict(kind="Conv2d", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         # eight levels are too few for one range of all tokens
         tokens=dict(kind="Linear", most_bits=3, input=dict(format="token_affine", granularity="channel")),
+        # sixteen are too few for one range of all RoIs, or of all levels that share a head
+        dynamic_fcs=dict(
+            kind="Linear",
+            pattern=r"re:.*_head\..*",
+            most_bits=4,
+            input=dict(format="dynamic_affine", granularity="tensor"),
+        ),
+        dynamic_convs=dict(kind="Conv2d", pattern=r"re:.*_head\..*", most_bits=4, input=dict(format="dynamic_affine")),
     ),
     equalize=1.0,
     search=dict(
