@@ -68,8 +68,9 @@ class DynamicAffineQuantizer(DynamicQuantizer):
         """Step s and zero point z for the values of ``x``, in its dtype, with size 1 from ``axis`` on."""
         rows = x.detach().flatten(self.axis)  # on a CPU aminmax takes five times as long
         low, high = rows.amin(-1).clamp_(max=0), rows.amax(-1).clamp_(min=0)
-        span = (high - low).clamp_min_(torch.finfo(x.dtype).tiny)  # all zero
-        step, zero_point = span * self.scale.to(x.dtype), (low * -self.code_max / span).round_()
+        least = torch.finfo(x.dtype).tiny  # values that are all zero
+        step = ((high - low) * self.scale.to(x.dtype)).clamp_min_(least)
+        zero_point = (low * -self.code_max / (high - low).clamp_min_(least)).round_()
         shape = (*step.shape, *[1] * (x.dim() - step.dim()))
         return step.view(shape), zero_point.view(shape)
 
