@@ -229,6 +229,7 @@ def test_inputs_that_apq_plus_divides():
         ),
         ("roi_head.bbox_head.0.fc_cls", "Linear", {3: "dynamic_affine tensor", 4: "dynamic_affine tensor"}),
         ("roi_head.mask_head.conv_logits", "Conv2d", {4: "dynamic_affine channel"}),
+        ("panoptic_head.transformer_decoder.layers.0.ffn.layers.1", "Linear", {3: "token_affine channel"}),
         ("head.fc", "Linear", {3: "token_affine channel", 4: "affine channel"}),  # of a classifier
     ],
 )

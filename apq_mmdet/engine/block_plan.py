@@ -28,8 +28,9 @@ class BlockPlan:
         judged: candidates that are judged at the output of the block, all quantizers and rounds.
         operations: of one float forward on the image.
         search_operations: of the search on the image, an upper bound.
-        fit_operations: of compensation, and of what reconstruction does with all units, on the image.
-        learn_operations: of the training steps of reconstruction, however many images there are.
+        fit_operations: of the sums of compensation, and of what reconstruction does with all units, on the image.
+        fixed_operations: of the closed forms of compensation and the training steps of reconstruction, however many
+            images there are.
         captured_bytes: inputs, outputs and gradients on the image.
         reached: whether the image reached the block.
     """
@@ -42,7 +43,7 @@ class BlockPlan:
     operations: int
     search_operations: int
     fit_operations: int
-    learn_operations: int
+    fixed_operations: int
     captured_bytes: int
     reached: bool
 
@@ -60,12 +61,14 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
                 at_layer, at_block = _candidates(len(search.candidates(layer.kind, role, quantizer)), search)
                 ranked += search.rounds * at_layer
                 judged += search.rounds * at_block
-                search_operations += search.rounds * (at_layer * _own(layer, calls) + at_block * suffix)
+                search_operations += search.rounds * (at_layer * _layer_operations(layer, calls) + at_block * suffix)
     operations = sum(call.operations for call in calls)
     stages = [stage for stage in recipe.reconstruction if worth_reconstructing(block, stage)]
     fit_operations = 2 * len(stages) * operations  # the objective before and after
+    fixed_operations = sum(_learning(calls, stage) for stage in stages)
     if recipe.compensation is not None:
-        fit_operations += _compensation(layers, calls, recipe.compensation)
+        sums, closed_forms = _compensation(layers, calls, recipe.compensation)
+        fit_operations, fixed_operations = fit_operations + sums, fixed_operations + closed_forms
     return BlockPlan(
         name=name,
         layers=len(layers),
@@ -75,13 +78,13 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
         operations=operations,
         search_operations=search_operations,
         fit_operations=fit_operations,
-        learn_operations=sum(_learning(calls, stage) for stage in stages),
+        fixed_operations=fixed_operations,
         captured_bytes=sum(call.captured for call in calls) if search is not None else 0,
         reached=bool(calls),
     )
 
 
-def _own(layer: QuantizedLayer, calls: list[CountedCall]) -> int:
+def _layer_operations(layer: QuantizedLayer, calls: list[CountedCall]) -> int:
     return sum(operations for call in calls for module, operations in call.products if module is layer)
 
 
@@ -92,16 +95,25 @@ def _candidates(number: int, search: SearchConfig) -> tuple[int, int]:
     return (number, search.shortlist) if 0 < search.shortlist < number else (0, number)
 
 
-def _compensation(layers: list[QuantizedLayer], calls: list[CountedCall], config: CompensationConfig) -> int:
-    """Of each layer, the float and the quantized block run, and every token adds to two [K, K] matrices of float64."""
+def _compensation(
+    layers: list[QuantizedLayer], calls: list[CountedCall], config: CompensationConfig
+) -> tuple[int, int]:
+    """Of the sums over tokens on the image, and of the closed forms behind them.
+
+    For each layer [N, K] the float and the quantized block run, and every token adds to two [K, K] matrices; behind
+    them each range that is tried, the regression and the spread rounding take a product of [N, K] and [K, K], and
+    triangular factors and inverses about K^3 multiply-accumulates.
+    """
     block = sum(call.operations for call in calls)
     runs = 1 + (BACKWARD if config.weighted else 1)
-    total = 0
+    sums = closed_forms = 0
     for layer in filter(is_compensated, layers):
-        if own := _own(layer, calls):
-            tokens = own // (2 * layer.weight.numel())
-            total += runs * block + FLOAT64 * 2 * tokens * 2 * layer.depth**2
-    return total
+        if own := _layer_operations(layer, calls):
+            tokens, square = own // (2 * layer.weight.numel()), layer.depth**2
+            sums += runs * block + FLOAT64 * 2 * tokens * 2 * square
+            products = config.ranges + config.activations + config.rounding
+            closed_forms += FLOAT64 * 2 * square * (products * len(layer.weight) + layer.depth)
+    return sums, closed_forms
 
 
 def _learning(calls: list[CountedCall], config: ReconstructionConfig) -> int:

@@ -31,7 +31,7 @@ class CountedCall:
     Attributes:
         products: (module, operations) in the order of execution.
         captured: bytes of inputs, outputs and gradients.
-        units: number of parts that can be judged apart; 1 where the call cannot be taken apart.
+        units: number of parts that can be judged apart, where they were counted; 1 where the call has none.
         separable: whether it can.
     """
 
@@ -60,8 +60,12 @@ class Count:
 
 
 @contextlib.contextmanager
-def counting(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Count]:
-    """Context in which the forwards of ``model`` are counted; blocks do not hold one another."""
+def counting(model: nn.Module, blocks: dict[str, nn.Module], units: bool = False) -> Iterator[Count]:
+    """Context in which the forwards of ``model`` are counted; blocks do not hold one another.
+
+    Args:
+        units: whether to take calls apart to count their units, which takes copies of them.
+    """
     count = Count()
     running: list[CountedCall] = []  # the call of the block that runs now, if one does
 
@@ -80,8 +84,9 @@ def counting(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[Count]:
         call, outputs = running.pop(), tensors_of(output)
         # a gradient is as large as its output
         call.captured = bytes_of((args, kwargs)) + 2 * bytes_of(outputs)
-        _, units = to_units(blocks[name], BlockCall(args, kwargs, outputs, outputs, image=0))
-        call.units, call.separable = len(units.targets), units.separable
+        if units:
+            _, parts = to_units(blocks[name], BlockCall(args, kwargs, outputs, outputs, image=0))
+            call.units, call.separable = len(parts.targets), parts.separable
 
     products = [module for module in model.modules() if isinstance(module, tuple(OPERATIONS))]
     handles = [module.register_forward_hook(add, with_kwargs=True) for module in products]

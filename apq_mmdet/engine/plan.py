@@ -100,12 +100,12 @@ class Plan:
 
     @property
     def fit_seconds(self) -> float:
-        """Of compensation on the own images, and of the learning, which every process does; at that rate."""
-        return self._seconds_at_rate(sum(self.own * b.fit_operations + b.learn_operations for b in self.blocks))
+        """Of compensation and learning at that rate; every process does all that is not on images."""
+        return self._seconds_at_rate(sum(self.own * b.fit_operations + b.fixed_operations for b in self.blocks))
 
     @property
     def calibration_seconds(self) -> float:
-        """Of all that, at most."""
+        """Of all that, about."""
         return self.pass_seconds + self.search_seconds + self.fit_seconds
 
     def _seconds_at_rate(self, operations: int) -> float:
@@ -140,7 +140,7 @@ def make_plan(
     model.eval()
     try:
         with torch.no_grad(), float_only(model):
-            with counting(model, blocks) as count:
+            with counting(model, blocks, units=bool(recipe.reconstruction)) as count:
                 teacher = task.teacher(model, sample)
             seconds = _seconds(model, sample, task)  # the counted forward has warmed up
     finally:
@@ -271,11 +271,10 @@ def _time_lines(plan: Plan) -> list[str]:
         f"  search: {plan.own} images at that rate = {_seconds_text(plan.search_seconds)}",
     ]
     if plan.fit_seconds:
-        learned = sum(block.learn_operations for block in plan.blocks)
-        steps = f", {_number(learned)} of them in training steps" if learned else ""
-        fitted = learned + plan.own * sum(block.fit_operations for block in plan.blocks)
-        operations = f"{_number(fitted)} operations{steps}"
-        lines.append(f"  weights: {operations}, at that rate = {_seconds_text(plan.fit_seconds)}")
+        fixed = sum(block.fixed_operations for block in plan.blocks)
+        operations = f"{_number(fixed + plan.own * sum(block.fit_operations for block in plan.blocks))} operations"
+        steps = f"{_number(fixed)} of them however many images there are"
+        lines.append(f"  weights: {operations}, {steps}, at that rate = {_seconds_text(plan.fit_seconds)}")
     return [
         *lines,
         "  The search figure is every candidate in every round on the part of its block that it changes, at the rate",

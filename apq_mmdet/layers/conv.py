@@ -43,7 +43,7 @@ class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     def role_axis(self, role: str) -> tuple[int, int]:
         """See the base class."""
-        return (1, self.weight.shape[1]) if role == "weight" else (1, self.in_channels)
+        return (1, self.weight.shape[1]) if role == "weight" else (-3, self.in_channels)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As ``nn.ConvTranspose2d.forward``."""

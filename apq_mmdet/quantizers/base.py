@@ -31,7 +31,7 @@ class Quantizer(nn.Module, ABC):
 
     Args:
         bits: code width, 2 to 8.
-        axis: the grouped axis of the tensors that will come; ignored for one group.
+        axis: the grouped axis of the tensors that will come; only dynamic formats look at it where there is one group.
         groups: number of groups G along that axis; must divide its size.
         symmetric: signed codes around zero with ``zero_point`` 0.
 

@@ -11,7 +11,7 @@ from apq_mmdet.registry import QUANTIZERS
 
 
 class DynamicQuantizer(Quantizer):
-    """Unsigned codes on grids that follow the data; a grid is that of many values, along with what they span.
+    """Unsigned codes on grids that follow the data: what values span that share a grid sets its range.
 
     Raises:
         ValueError: ``symmetric`` was asked for, or groups of a format that makes none.
@@ -58,11 +58,17 @@ class DynamicAffineQuantizer(DynamicQuantizer):
 
     Those are a linear layer's tokens or RoIs [..., channels] and a convolution's images or RoIs [B, channels, H, W]:
     from ``axis``, that of the channels, on. So s leaves the product and z is an integer, as in ONNX'
-    DynamicQuantizeLinear, and zero, of which ReLUs and padding are full, has a code.
+    DynamicQuantizeLinear, and zero, of which ReLUs and padding are full, has a code. In a batch of images the values
+    that fill up the smaller ones count as theirs.
     """
 
     name = "dynamic_affine"
     inputs_of = ("Linear", "Conv2d", "ConvTranspose2d")
+
+    def __init__(self, bits: int, axis: int = -1, groups: int = 1, symmetric: bool = False) -> None:
+        super().__init__(bits, axis=axis, groups=groups, symmetric=symmetric)
+        # all else that a checkpoint holds of a fixed range has the same names and shapes
+        self.register_buffer("by_sample", torch.tensor(True))
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Step s and zero point z for the values of ``x``, in its dtype, with size 1 from ``axis`` on."""
@@ -70,7 +76,7 @@ class DynamicAffineQuantizer(DynamicQuantizer):
         low, high = rows.amin(-1).clamp_(max=0), rows.amax(-1).clamp_(min=0)
         least = torch.finfo(x.dtype).tiny  # values that are all zero
         step = ((high - low) * self.scale.to(x.dtype)).clamp_min_(least)
-        zero_point = (low * -self.code_max / (high - low).clamp_min_(least)).round_()
+        zero_point = (low / (high - low).clamp_min_(least)).mul_(-self.code_max).round_()  # no overflow in float16
         shape = (*step.shape, *[1] * (x.dim() - step.dim()))
         return step.view(shape), zero_point.view(shape)
 

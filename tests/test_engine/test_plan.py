@@ -119,14 +119,17 @@ def test_what_is_fitted_after_the_search(swin_images):
     # 64 tokens of 48 values, one layer: float and quantized runs, two matrices in float64; then the objective twice
     matrices = 2 * 2 * 2 * 64 * 48**2
     assert embed.fit_operations == 2 * embed.operations + matrices + 2 * embed.operations
-    assert embed.learn_operations == 10 * 3 * 3 * embed.operations // 64
+    # 41 ranges, the regression and the rounding of 8 outputs, then the factors
+    closed_forms = 2 * 2 * 48**2 * (43 * 8 + 48)
+    assert embed.fixed_operations == 10 * 3 * 3 * embed.operations // 64 + closed_forms
     # of six layers qkv, proj and the ffn's two have weights; 4 padded windows of 49 tokens, 64 tokens behind them
     matrices = 2 * 2 * 2 * (196 * 8**2 * 2 + 64 * 8**2 + 64 * 32**2)
-    assert (block.fit_operations, block.learn_operations) == (4 * 2 * block.operations + matrices, 0)
-    fitted = sum(3 * b.fit_operations + b.learn_operations for b in plan.blocks)
+    closed_forms = 4 * (8**2 * (43 * 24 + 8) + 8**2 * (43 * 8 + 8) + 8**2 * (43 * 32 + 8) + 32**2 * (43 * 8 + 32))
+    assert (block.fit_operations, block.fixed_operations) == (4 * 2 * block.operations + matrices, closed_forms)
+    fitted = sum(3 * b.fit_operations + b.fixed_operations for b in plan.blocks)
     assert plan.fit_seconds == pytest.approx(fitted * plan.seconds / plan.operations)
     assert plan.calibration_seconds == pytest.approx(plan.pass_seconds + plan.search_seconds + plan.fit_seconds)
-    assert "of them in training steps" in render_plan(plan)
+    assert "of them however many images there are" in render_plan(plan)
     weighted = recipe("apq", compensation=dict(weighted=True), **settings)
     assert plan_of(build_swin(), weighted, swin_images).blocks[1].fit_operations == 4 * 4 * block.operations + matrices
 
@@ -135,7 +138,7 @@ def test_a_step_takes_a_whole_call_where_it_cannot_be_taken_apart():
     model = nn.Sequential(nn.Linear(4, 6))  # no block class: a block of its own, whose calls stay whole
     used = recipe("apq", reconstruction=dict(iterations=10, batch=3), search=dict(rounds=1, grids=short_grids(4)))
     (block,) = plan_of(model, used, [torch.randn(5, 4)]).blocks
-    assert block.learn_operations == 10 * 3 * block.operations == 10 * 3 * 2 * 5 * 4 * 6
+    assert block.fixed_operations == 10 * 3 * block.operations == 10 * 3 * 2 * 5 * 4 * 6
 
 
 def test_sizes_are_those_of_the_checkpoint(swin_images):

@@ -277,6 +277,14 @@ def test_patches_give_the_output_of_the_block(block, x, units):
     assert len(call.targets) == units
 
 
+def test_an_embedding_on_a_range_of_its_image_is_not_taken_apart():
+    block = PatchEmbed(None, 4, 3, 8, nn.LayerNorm, output_fmt="NHWC")
+    quantize_model(block, recipe("apq", overrides=dict(mine=dict(input=dict(format="dynamic_affine")))).policy)
+    with float_only(block):
+        _, call = to_units(block, block_call(block, torch.randn(1, 3, 32, 40)))
+    assert not call.separable
+
+
 def test_a_sample_is_a_crop_of_whole_windows():
     search = recipe("apq_fast", search=dict(windows=1)).search
     block = swin_block(1)

@@ -2,12 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import build_swin, recipe
+from torch import nn
 
+from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.units import to_units
-from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers import quantize_model, quantized_layers
-from apq_mmdet.quantizers import DynamicAffineQuantizer, quantizer_mode
+from apq_mmdet.errors import BadInputError, CheckpointError
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
+from apq_mmdet.policy import Policy
+from apq_mmdet.quantizers import DynamicAffineQuantizer
 
 AXES = {"tokens": (-1, (2, 5, 7)), "images": (-3, (2, 3, 4, 5)), "axis_from_the_front": (1, (2, 3, 4, 5))}
 
@@ -79,6 +82,47 @@ def test_products_are_those_of_integer_codes_and_one_factor():
     assert torch.allclose(F.conv2d(quantizer(x), weight, padding=1), want, atol=1e-12, rtol=0)
 
 
+def test_large_values_in_float16_do_not_overflow():
+    x = torch.tensor([[-5000.0, 0.0, 2500.0]]).half()
+    assert calibrated(4)(x).tolist()[0] == pytest.approx([-5000, 0, 2500], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 3), (2, 4, 5)),
+        (nn.Conv2d(5, 3, 3, padding=1), (3, 5, 6, 6)),
+        (nn.ConvTranspose2d(5, 3, 2, stride=2), (3, 5, 6, 6)),
+    ],
+    ids=["linear", "conv", "deconv"],
+)
+def test_layers_give_tokens_and_images_grids_of_their_own(layer, shape):
+    model = nn.Sequential(layer)
+    rule = dict(input=dict(format="dynamic_affine"), weight=dict(granularity="tensor"))
+    quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=4, overrides=dict(mine=rule))))
+    layer.quantizers["input"].observe(torch.ones(1))
+    layer.quantizers["weight"].observe(layer.weight)
+    for quantizer in layer.quantizers.values():
+        quantizer.set_range_factor(0.9)
+    x = torch.randn(shape).double()
+    rows = x.flatten(0, 1) if isinstance(layer, nn.Linear) else x
+    want = torch.tensor([formula(row.flatten().tolist(), 4, 0.9) for row in rows], dtype=torch.float64).view(shape)
+    assert torch.allclose(layer.quantize("input", x), want, rtol=0, atol=1e-5)  # the share is in float32
+
+
+def test_a_checkpoint_of_fixed_ranges_is_refused():
+    states = {}
+    for form in ("affine", "dynamic_affine"):
+        rule = dict(input=dict(format=form))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3))
+        quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=4, overrides=dict(mine=rule))))
+        calibrate(model, [torch.randn(1, 3, 6, 6)], recipe("minmax"))
+        states[form] = packed_state_dict(model)
+    model.load_state_dict(states["dynamic_affine"])
+    with pytest.raises(CheckpointError, match=r"missing 0\.quantizers\.input\.by_sample"):
+        model.load_state_dict(states["affine"])
+
+
 def test_gradient_is_straight_through_inside_the_range():
     x = torch.tensor([[0.0, 4.0, 6.0, 10.0]], requires_grad=True)
     calibrated(2, 0.5)(x).sum().backward()
@@ -86,14 +130,12 @@ def test_gradient_is_straight_through_inside_the_range():
 
 
 def test_a_convolution_that_needs_the_whole_image_is_not_taken_apart():
-    model = build_swin()
     image = torch.randn(1, 3, 32, 32)
     for form, separable in (("affine", True), ("dynamic_affine", False)):
         rule = dict(pattern="patch_embed.*", input=dict(format=form))
         quantize_model(model := build_swin(), recipe("apq", overrides=dict(mine=rule)).policy)
         block = model.patch_embed
-        quantizers = [q for _, layer in quantized_layers(block) for q in layer.quantizers.values()]
-        with quantizer_mode(quantizers, type(quantizers[0].mode).FLOAT), torch.no_grad():
+        with float_only(block), torch.no_grad():
             outputs = [block(image)[0]]
         _, units = to_units(block, BlockCall((image,), {}, outputs, outputs, image=0))
         assert units.separable is separable

@@ -19,11 +19,13 @@ quant = dict(
         # sixteen are too few for one range of all RoIs, or of all levels that share a head
         dynamic_fcs=dict(
             kind="Linear",
-            pattern=r"re:.*_head\..*",
+            pattern=r"re:roi_head\..*",
             most_bits=4,
             input=dict(format="dynamic_affine", granularity="tensor"),
         ),
-        dynamic_convs=dict(kind="Conv2d", pattern=r"re:.*_head\..*", most_bits=4, input=dict(format="dynamic_affine")),
+        dynamic_convs=dict(
+            kind="Conv2d", pattern=r"re:(rpn|roi|bbox)_head\..*", most_bits=4, input=dict(format="dynamic_affine")
+        ),
     ),
     equalize=1.0,
     search=dict(
