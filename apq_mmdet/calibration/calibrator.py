@@ -32,7 +32,7 @@ from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MEMORY_BUDGET = 4 * 2**30  # bytes
-HELD = 4  # one part in so many of it holds captured tensors; the rest is for one image's backward pass and the search
+HELD = 8  # one part in so many of it holds captured tensors; the rest is for one image's backward pass and the search
 
 
 class BlockStates(Protocol):

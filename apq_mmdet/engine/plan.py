@@ -285,7 +285,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _memory_lines(plan: Plan) -> list[str]:
     each = " (each process)" if plan.processes > 1 else ""
-    budget = f"memory: budget {_bytes(plan.memory_budget)}{each}, a quarter of it for captured tensors"
+    budget = f"memory: budget {_bytes(plan.memory_budget)}{each}, 1 / {HELD} of it for captured tensors"
     if not plan.captured_bytes:
         return [f"memory: budget {_bytes(plan.memory_budget)}{each}; nothing is captured"]
     outputs = f"  captured: {_bytes(plan.captured_bytes)} with the detector's outputs"

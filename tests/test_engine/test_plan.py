@@ -101,7 +101,7 @@ def test_time_and_memory(swin_images):
     plan = plan_of(build_swin(), used, swin_images, budget=20_000)
     assert plan.pass_seconds == pytest.approx(3 * 4 * plan.seconds)
     assert plan.search_seconds == pytest.approx(plan.search_operations * plan.seconds / plan.operations)
-    assert plan.disk_bytes == plan.captured_bytes - 5_000
+    assert plan.disk_bytes == plan.captured_bytes - 2_500  # an eighth of the budget holds captures
     anew = recipe("apq", search=dict(rounds=1, grids=short_grids(4), block_input="quantized"))
     assert sum(plan_of(build_swin(), anew, swin_images).passes.values()) == 4 + 1
     more = recipe("apq", importance="perturbation", equalize=1.0, search=dict(rounds=1, grids=short_grids(4)))
