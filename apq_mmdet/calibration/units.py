@@ -21,30 +21,41 @@ TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in
 
 
 @dataclass(frozen=True)
-class View:
-    """A block call as independent units.
+class Parts:
+    """The independent units of one block call.
 
     Attributes:
-        module: maps the units' inputs to their outputs; shares the block's submodules and their names.
-        args: its inputs; every tensor has the units on axis 0.
+        args: inputs of the units; every tensor has the units on axis 0.
         to_units: takes an output of the block, or a gradient of one, to [units, ...].
         padding: int64 [units], output elements of each unit that stand for nothing; None where there are none.
     """
 
-    module: nn.Module
     args: tuple[Any, ...]
     to_units: Callable[[Tensor], Tensor]
     padding: Tensor | None = None
 
 
-ViewMaker = Callable[[nn.Module, BlockCall], View | None]
+@dataclass(frozen=True)
+class View:
+    """How the calls of a block are taken apart.
+
+    Attributes:
+        module: maps the units' inputs to their outputs; shares the block's submodules and their names.
+        parts: the units of a call, from the arguments of the block's ``forward``.
+    """
+
+    module: nn.Module
+    parts: Callable[..., Parts]
+
+
+ViewMaker = Callable[[nn.Module], View | None]
 VIEWS: dict[type[nn.Module], ViewMaker] = {}
 
 
 def register_view(*classes: type[nn.Module]) -> Callable[[ViewMaker], ViewMaker]:
-    """Decorator: calls of blocks of these classes (or of subclasses) are taken apart by the decorated function.
+    """Decorator: the decorated function makes the view of blocks of these classes (or of subclasses).
 
-    It returns None where a call cannot be taken apart.
+    It returns None where the calls of a block cannot be taken apart.
     """
 
     def register(function: ViewMaker) -> ViewMaker:
@@ -135,29 +146,35 @@ def rows_of(outputs: list[Tensor], units: int) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
-def to_units(block: nn.Module, call: BlockCall) -> tuple[nn.Module, UnitCall]:
-    """Take a call apart, if its block's class says how.
+def _view(block: nn.Module) -> View | None:
+    make = next((make for cls, make in VIEWS.items() if isinstance(block, cls)), None)
+    return None if make is None else make(block)
 
-    Returns:
-        The module that maps the units' inputs to their outputs, and the call.
-    """
-    make = next((make for cls, make in VIEWS.items() if isinstance(block, cls)), lambda *_: None)
-    view = make(block, call)
+
+def unit_module(block: nn.Module) -> nn.Module:
+    """What maps the inputs of a block's units to their outputs: the block itself where it has no units."""
+    view = _view(block)
+    return block if view is None else view.module
+
+
+def to_units(block: nn.Module, call: BlockCall) -> UnitCall:
+    """Take a call apart, if its block's class says how; else the whole call is one unit."""
+    view = _view(block)
     if view is None:
         targets, grads = rows_of(call.outputs, 1), rows_of(call.grads, 1)
         padding = torch.zeros(1, dtype=torch.int64, device=targets.device)
         floats = None if call.float_inputs is None else call.float_inputs[0]
         elements = targets.numel()
-        return block, UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, elements, False, floats)
-    number = next(len(t) for t in tree_flatten(view.args)[0] if isinstance(t, Tensor))
-    targets, grads = (rows_of([view.to_units(t) for t in part], number) for part in (call.outputs, call.grads))
-    padding = torch.zeros(number, dtype=torch.int64, device=grads.device) if view.padding is None else view.padding
+        return UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, elements, False, floats)
+    parts = view.parts(*call.args, **call.kwargs)
+    number = next(len(t) for t in tree_flatten(parts.args)[0] if isinstance(t, Tensor))
+    targets, grads = (rows_of([parts.to_units(t) for t in whole], number) for whole in (call.outputs, call.grads))
+    padding = torch.zeros(number, dtype=torch.int64, device=grads.device) if parts.padding is None else parts.padding
     elements = targets.numel() - int(padding.sum())
     floats = None
     if call.float_inputs is not None:
-        floats = make(block, replace(call, args=call.float_inputs[0], kwargs=call.float_inputs[1])).args
-    units = UnitCall(view.args, {}, targets, grads, padding, call.image, elements, True, floats)
-    return view.module, units.by_importance()
+        floats = view.parts(*call.float_inputs[0], **call.float_inputs[1]).args
+    return UnitCall(parts.args, {}, targets, grads, padding, call.image, elements, True, floats).by_importance()
 
 
 class UnitCalls:

@@ -85,7 +85,7 @@ def counting(model: nn.Module, blocks: dict[str, nn.Module], units: bool = False
         # a gradient is as large as its output
         call.captured = bytes_of((args, kwargs)) + 2 * bytes_of(outputs)
         if units:
-            _, parts = to_units(blocks[name], BlockCall(args, kwargs, outputs, outputs, image=0))
+            parts = to_units(blocks[name], BlockCall(args, kwargs, outputs, outputs, image=0))
             call.units, call.separable = len(parts.targets), parts.separable
 
     products = [module for module in model.modules() if isinstance(module, tuple(OPERATIONS))]

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +12,43 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import BlockCall
-from apq_mmdet.calibration.units import View, register_view
+from apq_mmdet.calibration.units import Parts, View, register_view
 from apq_mmdet.layers.base import needs_whole_input
 
 SEPARATED = -100.0  # what mmdet adds to the logits of tokens that a shifted window must keep apart
 
 
 @register_view(SwinBlock)
-def windows(block: SwinBlock, call: BlockCall) -> View | None:
+def windows(block: SwinBlock) -> View | None:
     """Windows of N tokens, padded, shifted and partitioned as ShiftWindowMSA does."""
     if not (_runs(block, SwinBlock) and _runs(block.attn, ShiftWindowMSA)):
         return None
-    names = ("x", "hw_shape")
-    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
-    if len(x) != 1:
-        return None
-    token, region = window_layout(block.attn, height, width)
+
+    def parts(x: Tensor, hw_shape: tuple[int, int]) -> Parts:  # x: [B, H * W, C]
+        return cut_windows(x, lambda t: t, *window_layout(block.attn, *hw_shape))
+
+    return View(WindowBlock(block), parts)
+
+
+def cut_windows(x: Tensor, tokens: Callable[[Tensor], Tensor], token: Tensor, region: Tensor | None) -> Parts:
+    """The windows of all images of a batch.
+
+    Args:
+        x: a block's input.
+        tokens: takes it, and the block's output, to [B, H * W, C].
+        token, region: layout of one image's windows, as ``window_layout`` gives it.
+    """
     token = token.to(x.device)
-    padded = token == 0  # [n, N]
+    images = len(x)
+    padded = (token == 0).repeat(images, 1)  # [B n, N]
 
     def to_windows(t: Tensor) -> Tensor:
-        return F.pad(t[0], (0, 0, 1, 0))[token]  # [n, N, C], zero where padded
+        return F.pad(tokens(t), (0, 0, 1, 0))[:, token].flatten(0, 1)  # [B n, N, C], zero where padded
 
     any_padded = bool(padded.any())
-    valid = ~padded if any_padded else None
-    args = (to_windows(x), None if region is None else region.to(x.device), valid)
+    region = None if region is None else region.to(x.device).repeat(images, 1)
     padding = padded.sum(1) * x.shape[-1] if any_padded else None
-    return View(WindowBlock(block), args, to_windows, padding)
+    return Parts((to_windows(x), region, ~padded if any_padded else None), to_windows, padding)
 
 
 def window_layout(attention: ShiftWindowMSA, height: int, width: int) -> tuple[Tensor, Tensor | None]:
@@ -97,15 +107,18 @@ def region_mask(region: Tensor) -> Tensor:
 
 
 @register_view(PatchMerging)
-def merged_patches(block: PatchMerging, call: BlockCall) -> View | None:
+def merged_patches(block: PatchMerging) -> View | None:
     """Patches, unfolded: [patches, K]."""
-    names = ("x", "input_size")
-    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
-    if not _runs(block, PatchMerging) or len(x) != 1:
+    if not _runs(block, PatchMerging):
         return None
-    grid = x.view(1, height, width, -1).permute(0, 3, 1, 2)
-    grid = block.adap_padding(grid) if block.adap_padding else grid
-    return View(MergedPatches(block), (block.sampler(grid)[0].t().contiguous(),), lambda t: t[0])
+
+    def parts(x: Tensor, input_size: tuple[int, int]) -> Parts:  # x: [B, H * W, C]
+        grid = x.unflatten(1, tuple(input_size)).permute(0, 3, 1, 2)
+        grid = block.adap_padding(grid) if block.adap_padding else grid
+        patches = block.sampler(grid).transpose(1, 2)  # [B, patches, K]
+        return Parts((patches.flatten(0, 1).contiguous(),), lambda t: t.flatten(0, 1))
+
+    return View(MergedPatches(block), parts)
 
 
 class MergedPatches(nn.Module):
@@ -121,17 +134,24 @@ class MergedPatches(nn.Module):
 
 
 @register_view(PatchEmbed)
-def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
+def embedded_patches(block: PatchEmbed) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
-    (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
     conv = block.projection
     apart = not any(conv.padding) and all(d == 1 for d in conv.dilation) and not needs_whole_input(conv)
-    if not _runs(block, PatchEmbed) or len(x) != 1 or not apart:
+    if not _runs(block, PatchEmbed) or not apart:
         return None
-    x = block.adap_padding(x) if block.adap_padding else x
-    patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0].t()
-    patches = patches.reshape(-1, conv.in_channels, *conv.kernel_size)
-    return View(EmbeddedPatches(block), (patches,), lambda t: t[0])
+
+    def parts(x: Tensor) -> Parts:  # [B, 3, H, W]
+        x = block.adap_padding(x) if block.adap_padding else x
+        return Parts((cut_patches(x, conv),), lambda t: t.flatten(0, 1))
+
+    return View(EmbeddedPatches(block), parts)
+
+
+def cut_patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What an unpadded convolution sees in each of its places, [B, C, H, W] -> [B places, C, kH, kW]."""
+    patches = F.unfold(x, conv.kernel_size, stride=conv.stride).transpose(1, 2)  # [B, places, C kH kW]
+    return patches.reshape(-1, conv.in_channels, *conv.kernel_size)
 
 
 class EmbeddedPatches(nn.Module):
@@ -148,11 +168,19 @@ class EmbeddedPatches(nn.Module):
 
 
 @register_view(BBoxHead, FCNMaskHead)
-def rois(block: nn.Module, call: BlockCall) -> View | None:
+def rois(block: nn.Module) -> View | None:
     """RoIs are independent as they are."""
-    bound = inspect.signature(block.forward).bind(*call.args, **call.kwargs)
-    bound.apply_defaults()
-    return None if bound.kwargs else View(block, bound.args, lambda t: t)
+    signature = inspect.signature(block.forward)
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    if any(parameter.kind in by_keyword for parameter in signature.parameters.values()):
+        return None
+
+    def parts(*args: Any, **kwargs: Any) -> Parts:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return Parts(bound.args, lambda t: t)
+
+    return View(block, parts)
 
 
 def _runs(module: nn.Module, cls: type[nn.Module]) -> bool:

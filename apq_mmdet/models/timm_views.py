@@ -10,29 +10,21 @@ from timm.layers.format import Format
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import BlockCall
-from apq_mmdet.calibration.units import View, register_view
+from apq_mmdet.calibration.units import Parts, View, register_view
 from apq_mmdet.layers.base import needs_whole_input
-from apq_mmdet.models.mmdet_views import on_valid_tokens, region_mask
+from apq_mmdet.models.mmdet_views import cut_patches, cut_windows, on_valid_tokens, region_mask
 
 
 @register_view(SwinTransformerBlock)
-def windows(block: SwinTransformerBlock, call: BlockCall) -> View | None:
+def windows(block: SwinTransformerBlock) -> View | None:
     """Windows of N tokens, shifted, padded and partitioned as the block does."""
-    (x,) = (*call.args, *call.kwargs.values())  # [1, H, W, C]
-    if type(block).forward is not SwinTransformerBlock.forward or len(x) != 1:
+    if type(block).forward is not SwinTransformerBlock.forward:
         return None
-    token, region = window_layout(block, *x.shape[1:3])
-    token = token.to(x.device)
-    padded = token == 0  # [n, N]
 
-    def to_windows(t: Tensor) -> Tensor:
-        return F.pad(t[0].flatten(0, 1), (0, 0, 1, 0))[token]  # [n, N, C], zero where padded
+    def parts(x: Tensor) -> Parts:  # [B, H, W, C]
+        return cut_windows(x, lambda t: t.flatten(1, 2), *window_layout(block, *x.shape[1:3]))
 
-    any_padded = bool(padded.any())
-    args = (to_windows(x), None if region is None else region.to(x.device), ~padded if any_padded else None)
-    padding = padded.sum(1) * x.shape[-1] if any_padded else None
-    return View(WindowBlock(block), args, to_windows, padding)
+    return View(WindowBlock(block), parts)
 
 
 def window_layout(block: SwinTransformerBlock, height: int, width: int) -> tuple[Tensor, Tensor | None]:
@@ -81,16 +73,19 @@ class WindowBlock(nn.Module):
 
 
 @register_view(PatchMerging)
-def merged_patches(block: PatchMerging, call: BlockCall) -> View | None:
+def merged_patches(block: PatchMerging) -> View | None:
     """Patches of 2 x 2 tokens: [patches, 4 C]."""
-    (x,) = (*call.args, *call.kwargs.values())  # [1, H, W, C]
-    if type(block).forward is not PatchMerging.forward or len(x) != 1:
+    if type(block).forward is not PatchMerging.forward:
         return None
-    _, height, width, channels = x.shape
-    x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-    rows = x.view(-1, 2, x.shape[2] // 2, 2, channels)  # [H / 2, row, W / 2, column, C]
-    patches = rows.permute(0, 2, 3, 1, 4).reshape(-1, 4 * channels)
-    return View(MergedPatches(block), (patches,), lambda t: t.flatten(0, 2))
+
+    def parts(x: Tensor) -> Parts:  # [B, H, W, C]
+        _, height, width, channels = x.shape
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        rows = x.view(-1, 2, x.shape[2] // 2, 2, channels)  # [B H / 2, row, W / 2, column, C]
+        patches = rows.permute(0, 2, 3, 1, 4).reshape(-1, 4 * channels)
+        return Parts((patches,), lambda t: t.flatten(0, 2))
+
+    return View(MergedPatches(block), parts)
 
 
 class MergedPatches(nn.Module):
@@ -106,18 +101,19 @@ class MergedPatches(nn.Module):
 
 
 @register_view(PatchEmbed)
-def embedded_patches(block: PatchEmbed, call: BlockCall) -> View | None:
+def embedded_patches(block: PatchEmbed) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
-    (x,) = (*call.args, *call.kwargs.values())  # [1, 3, H, W]
     channels_first = not block.flatten and block.output_fmt is Format.NCHW
     conv = block.proj
-    if type(block).forward is not PatchEmbed.forward or len(x) != 1 or channels_first or needs_whole_input(conv):
+    if type(block).forward is not PatchEmbed.forward or channels_first or needs_whole_input(conv):
         return None
-    if block.dynamic_img_pad:
-        x = F.pad(x, (0, -x.shape[3] % conv.stride[1], 0, -x.shape[2] % conv.stride[0]))
-    patches = F.unfold(x, conv.kernel_size, stride=conv.stride)[0].t()
-    patches = patches.reshape(-1, conv.in_channels, *conv.kernel_size)
-    return View(EmbeddedPatches(block), (patches,), lambda t: t.flatten(0, -2))
+
+    def parts(x: Tensor) -> Parts:  # [B, 3, H, W]
+        if block.dynamic_img_pad:
+            x = F.pad(x, (0, -x.shape[3] % conv.stride[1], 0, -x.shape[2] % conv.stride[0]))
+        return Parts((cut_patches(x, conv),), lambda t: t.flatten(0, -2))
+
+    return View(EmbeddedPatches(block), parts)
 
 
 class EmbeddedPatches(nn.Module):

@@ -19,7 +19,7 @@ from apq_mmdet.calibration.compensation import (
 )
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units, unit_module
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
@@ -375,9 +375,8 @@ def block_errors(index, config, seed=0):
     calibration = inputs[:2]
     entries = []
     for image, (args, output) in enumerate(zip(calibration, observed(block, calibration), strict=True)):
-        view, units = to_units(block, BlockCall(args, {}, [output], [torch.randn_like(output)], image))
-        entries.append(units)
-    calls = as_calls(entries)
+        entries.append(to_units(block, BlockCall(args, {}, [output], [torch.randn_like(output)], image)))
+    view, calls = unit_module(block), as_calls(entries)
     with float_only(block):
         targets = [block(*args) for args in inputs]
     search_block(view, calls, settings.search)

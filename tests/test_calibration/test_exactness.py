@@ -95,7 +95,7 @@ def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
         quantized.quantizers["weight"].observe(quantized.weight)
     units = UnitCalls(TensorStore(memory=2**20), "layer")
     for call in calls:
-        units.add(to_units(quantized, call)[1])
+        units.add(to_units(quantized, call))
     got = search_block(quantized, units, settings.search)
     exact = copy.deepcopy(quantized).double()
     for quantizer in quantizers_of(exact):

@@ -12,7 +12,7 @@ from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, search_block
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.engine.quantized_config import load_recipe
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
@@ -48,9 +48,8 @@ def search(block, calls, settings):
     """The choices of ``search_block`` on these calls."""
     units = UnitCalls(TensorStore(memory=2**30), "block")
     for call in calls:
-        view, units_of_call = to_units(block, call)
-        units.add(units_of_call)
-    return search_block(view, units, settings)
+        units.add(to_units(block, call))
+    return search_block(unit_module(block), units, settings)
 
 
 def follow(block, calls, search, decisions):
@@ -166,7 +165,7 @@ def test_module_metric_of_the_first_layer_against_brute_force():
 
 def test_module_gradients_are_those_of_the_float_block():
     block, calls = prepared(0, recipe("minmax"))
-    view, call = to_units(block, calls[1])
+    view, call = unit_module(block), to_units(block, calls[1])
     layers = [layer for _, layer in quantized_layers(block)]
     recorded = dict(layer_calls(view, call, layers))
     last = recorded[block.ffn.layers[1]]

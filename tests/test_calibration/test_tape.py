@@ -7,7 +7,7 @@ from test_search import prepared
 from torch import nn
 
 from apq_mmdet.calibration.tape import Replays, Tape, flushed_denormals
-from apq_mmdet.calibration.units import to_units
+from apq_mmdet.calibration.units import to_units, unit_module
 from apq_mmdet.layers import quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.layers.integer import in_integer_precision
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
@@ -51,7 +51,7 @@ def test_every_quantizer_of_a_swin_block(index, mode):
     for _, layer in quantized_layers(block):
         for quantizer in layer.quantizers.values() if layer.exact_in_codes else ():
             quantizer.mode = mode
-    view, call = to_units(block, calls[0])
+    view, call = unit_module(block), to_units(block, calls[0])
     for name, layer in quantized_layers(block):
         for role, quantizer in layer.quantizers.items():
             replays = Replays(view, quantizer)
@@ -68,7 +68,7 @@ def test_what_comes_before_is_not_computed_again():
     block, calls = prepared(0, recipe("apq"))
     for quantizer in quantizers_of(block):
         quantizer.set_range_factor(1.0)
-    view, call = to_units(block, calls[0])
+    view, call = unit_module(block), to_units(block, calls[0])
     tape = Tape(view, block.ffn.layers[1].quantizers["input"])
     want = tape.record(*call.args)
     block.norm1.weight.add_(1)

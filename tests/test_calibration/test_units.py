@@ -10,7 +10,7 @@ from torch import nn
 from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
 from apq_mmdet.calibration.distributed import SHARD
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units
+from apq_mmdet.calibration.units import TILE_ELEMENTS, UnitCalls, batches, rows_of, to_units, unit_module
 from apq_mmdet.layers import float_only, quantize_model
 
 
@@ -28,11 +28,12 @@ def swin_block(index):
 
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
 @pytest.mark.parametrize("shape", [(14, 21), (13, 9), (7, 7), (3, 5)])
-def test_windows_give_the_output_of_the_block(index, shape):
+@pytest.mark.parametrize("images", [1, 2])
+def test_windows_give_the_output_of_the_block(index, shape, images):
     block = swin_block(index)
     with float_only(block), torch.no_grad():
-        call = block_call(block, (torch.randn(1, shape[0] * shape[1], 8), shape))
-        view, units = to_units(block, call)
+        call = block_call(block, (torch.randn(images, shape[0] * shape[1], 8), shape))
+        view, units = unit_module(block), to_units(block, call)
         got = rows_of([view(*units.args)], len(units.targets))
         assert torch.allclose(got, units.targets, atol=1e-5)
         assert units.elements == call.outputs[0].numel() == units.targets.numel() - int(units.padding.sum())
@@ -45,7 +46,7 @@ def test_the_mask_of_shifted_windows_matters():
     """Fails if regions are kept apart wrongly or not at all."""
     block = swin_block(1)
     with float_only(block), torch.no_grad():
-        view, units = to_units(block, block_call(block, (torch.randn(1, 14 * 14, 8), (14, 14))))
+        view, units = unit_module(block), to_units(block, block_call(block, (torch.randn(1, 14 * 14, 8), (14, 14))))
         x, region, valid = units.args
         assert len(region.unique()) == 9
         together = rows_of([view(x, torch.zeros_like(region), valid)], len(units.targets))
@@ -56,14 +57,16 @@ def test_the_mask_of_shifted_windows_matters():
     ("block", "args"),
     [
         (PatchMerging(8, 16), (torch.randn(1, 13 * 9, 8), (13, 9))),
+        (PatchMerging(8, 16), (torch.randn(3, 13 * 9, 8), (13, 9))),
         (PatchEmbed(3, 8, kernel_size=4, stride=4, norm_cfg=dict(type="LN")), (torch.randn(1, 3, 33, 42),)),
+        (PatchEmbed(3, 8, kernel_size=4, stride=4, norm_cfg=dict(type="LN")), (torch.randn(2, 3, 33, 42),)),
         (PatchEmbed(3, 8, kernel_size=3, stride=2, padding=1), (torch.randn(1, 3, 32, 32),)),  # patches overlap
     ],
 )
 def test_patches_give_the_output_of_the_block(block, args):
     with torch.no_grad():
         call = block_call(block, args)
-        view, units = to_units(block, call)
+        view, units = unit_module(block), to_units(block, call)
         got = rows_of(tensors_of(view(*units.args)), len(units.targets))
     assert torch.allclose(got, units.targets, atol=1e-5)
     assert units.separable == (block.__class__ is PatchMerging or not any(block.projection.padding))
@@ -74,7 +77,7 @@ def test_batches_stack_neighbouring_images_and_keep_them_apart():
     calls = UnitCalls(TensorStore(memory=2**20), "b")
     with float_only(block):
         for image, side in zip((0, 1, 2, 3, SHARD, SHARD + 1), (14, 14, 21, 21, 14, 14), strict=True):
-            calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image))[1])
+            calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image)))
     found = list(batches(calls))
     assert [[c.image for c in b.calls] for b in found] == [[0, 1, 2, 3], [SHARD, SHARD + 1]]
     assert found[0].lengths == (4, 4, 9, 9)
@@ -95,7 +98,7 @@ def test_batches_stack_like_calls_of_a_shard_and_leave_big_ones_alone():
     calls = UnitCalls(TensorStore(memory=2**30), "b")
     with float_only(block):
         for image, side in enumerate(sides):
-            calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image))[1])
+            calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image)))
     found = [[call.image for call in batch.calls] for batch in batches(calls)]
     assert found == [[3], [5], [0, 2], [1, 4]]
 
@@ -105,7 +108,7 @@ def test_whole_calls_are_screened_by_their_gradients():
     calls = UnitCalls(TensorStore(), "b")
     for image, size in enumerate((1.0, 5.0, 3.0)):
         x = torch.randn(1, 1, 5, 5)
-        calls.add(to_units(block, BlockCall((x,), {}, [x], [size * torch.ones_like(x)], image))[1])
+        calls.add(to_units(block, BlockCall((x,), {}, [x], [size * torch.ones_like(x)], image)))
     assert [c.image for c in calls.most_important(0.3)] == [1]
     assert [c.image for c in calls.most_important(0.5)] == [1, 2]
     assert [c.image for c in calls.most_important(1.0)] == [0, 1, 2]
@@ -114,7 +117,7 @@ def test_whole_calls_are_screened_by_their_gradients():
 def test_empty_calls_say_nothing():
     calls = UnitCalls(TensorStore(), "b")
     x = torch.zeros(0, 4)
-    calls.add(to_units(nn.Linear(4, 4), BlockCall((x,), {}, [x], [x], 0))[1])
+    calls.add(to_units(nn.Linear(4, 4), BlockCall((x,), {}, [x], [x], 0)))
     assert len(calls) == 0
 
 
@@ -124,14 +127,17 @@ def test_heads_without_rois_say_nothing_and_keyword_arguments_keep_their_names()
     for image, number in enumerate((0, 3)):
         x = torch.randn(number, 2, 2, 2)
         outputs = list(head(x))
-        calls.add(to_units(head, BlockCall((), {"x": x}, outputs, outputs, image))[1])
+        calls.add(to_units(head, BlockCall((), {"x": x}, outputs, outputs, image)))
     assert [(c.image, tuple(c.targets.shape)) for c in calls] == [(1, (3, 4 + 3 * 4))]
     mask_head = HTCMaskHead(num_convs=1, in_channels=2, conv_out_channels=2, num_classes=3)
     x = torch.randn(2, 2, 2, 2)
     with torch.no_grad():
         output = mask_head(x, return_feat=False)
         output = output[0] if isinstance(output, (list, tuple)) else output
-        view, units = to_units(mask_head, BlockCall((x,), {"return_feat": False}, [output], [output], 0))
+        view, units = (
+            unit_module(mask_head),
+            to_units(mask_head, BlockCall((x,), {"return_feat": False}, [output], [output], 0)),
+        )
         assert torch.equal(rows_of(tensors_of(view(*units.args, **units.kwargs)), len(units.targets)), units.targets)
 
 
@@ -144,6 +150,6 @@ def test_only_what_mmdet_itself_computes_is_taken_apart(images):
     for cls in (SwinBlock, Scaled):
         block = cls(8, 2, 16)
         x = torch.randn(images, 49, 8)
-        _, units = to_units(block, BlockCall((x, (7, 7)), {}, [x], [x], 0))
-        assert units.separable == (cls is SwinBlock and images == 1)
+        units = to_units(block, BlockCall((x, (7, 7)), {}, [x], [x], 0))
+        assert units.separable == (cls is SwinBlock)
         assert units.targets.numel() == x.numel()

@@ -9,7 +9,7 @@ from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.centers import center_inputs, centered_layers
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import InputRescaling
-from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
 from apq_mmdet.layers.convert import leave_float
@@ -32,9 +32,8 @@ def calls_of(store, block, inputs):
         for image, x in enumerate(inputs):
             store.add_call("block", image, (x,), {}, block(x))
     for call in store.inputs("block"):
-        module, units = to_units(block, call)
-        calls.add(units)
-    return module, calls
+        calls.add(to_units(block, call))
+    return unit_module(block), calls
 
 
 def test_values_by_the_plain_formula_in_float64():

@@ -10,7 +10,7 @@ from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.transforms import channel_extents, equalize, rescalings_of
-from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
@@ -80,16 +80,15 @@ def quantized_block(images=3, own=None):
     block = partition(swin)["stages.0.blocks.1"]
     for rescaling in rescalings_of(block):
         rescaling.divide(torch.randn(8).exp())
-    calls, view = UnitCalls(TensorStore(memory=2**30), "block"), block
+    calls = UnitCalls(TensorStore(memory=2**30), "block")
     for image in range(images):
         shape = SHAPES[image % len(SHAPES)]
         x = torch.randn(1, shape[0] * shape[1], 8)
         with float_only(block), torch.no_grad():
             output = tensors_of(block(x, shape))[0]
         if own is None or image in own:
-            view, units = to_units(block, BlockCall((x, shape), {}, [output], [torch.ones_like(output)], image))
-            calls.add(units)
-    return block, view, calls
+            calls.add(to_units(block, BlockCall((x, shape), {}, [output], [torch.ones_like(output)], image)))
+    return block, unit_module(block), calls
 
 
 def extents(block, view, calls):

@@ -14,7 +14,7 @@ from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.transforms import rescalings_of
-from apq_mmdet.calibration.units import rows_of, to_units
+from apq_mmdet.calibration.units import rows_of, to_units, unit_module
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers
 from apq_mmdet.layers.convert import ATTENTION
 
@@ -237,21 +237,22 @@ def block_call(block, x):
 
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "shifted"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_windows_give_the_output_of_the_block(index, shape):
+@pytest.mark.parametrize("images", [1, 2])
+def test_windows_give_the_output_of_the_block(index, shape, images):
     block = swin_block(index)
-    call = block_call(block, torch.randn(1, *shape, 16).double())
-    view, units = to_units(block, call)
+    call = block_call(block, torch.randn(images, *shape, 16).double())
+    view, units = unit_module(block), to_units(block, call)
     with torch.no_grad():
         got = rows_of([view(*units.args)], len(units.targets))
     assert torch.allclose(got, units.targets, rtol=1e-9, atol=1e-9)
-    assert len(units.targets) == -(-shape[0] // 7) * -(-shape[1] // 7)
+    assert len(units.targets) == images * -(-shape[0] // 7) * -(-shape[1] // 7)
     assert units.elements == call.outputs[0].numel() == units.targets.numel() - int(units.padding.sum())
     assert float(units.grads.square().sum()) == pytest.approx(float(call.grads[0].square().sum()))
 
 
 def test_the_mask_of_shifted_windows_matters():
     block = swin_block(1)
-    view, units = to_units(block, block_call(block, torch.randn(1, 14, 14, 16).double()))
+    view, units = unit_module(block), to_units(block, block_call(block, torch.randn(1, 14, 14, 16).double()))
     x, region, valid = units.args
     assert len(region.unique()) == 9
     with torch.no_grad():
@@ -262,15 +263,15 @@ def test_the_mask_of_shifted_windows_matters():
 @pytest.mark.parametrize(
     ("block", "x", "units"),
     [
-        (PatchMerging(8), torch.randn(1, 13, 9, 8), 7 * 5),
+        (PatchMerging(8), torch.randn(2, 13, 9, 8), 2 * 7 * 5),
         (PatchEmbed(None, 4, 3, 8, nn.LayerNorm, output_fmt="NHWC"), torch.randn(1, 3, 32, 40), 8 * 10),
-        (PatchEmbed(None, 4, 3, 8, dynamic_img_pad=True), torch.randn(1, 3, 33, 42), 9 * 11),
+        (PatchEmbed(None, 4, 3, 8, dynamic_img_pad=True), torch.randn(2, 3, 33, 42), 2 * 9 * 11),
         (PatchEmbed(None, 4, 3, 8, output_fmt="NCHW"), torch.randn(1, 3, 32, 40), 1),
     ],
     ids=["merging", "NHWC", "padded", "NCHW"],
 )
 def test_patches_give_the_output_of_the_block(block, x, units):
-    view, call = to_units(block, block_call(block, x))
+    view, call = unit_module(block), to_units(block, block_call(block, x))
     with torch.no_grad():
         got = rows_of([view(*call.args)], len(call.targets))
     assert torch.allclose(got, call.targets, atol=1e-5)
@@ -281,7 +282,7 @@ def test_an_embedding_on_a_range_of_its_image_is_not_taken_apart():
     block = PatchEmbed(None, 4, 3, 8, nn.LayerNorm, output_fmt="NHWC")
     quantize_model(block, recipe("apq", overrides=dict(mine=dict(input=dict(format="dynamic_affine")))).policy)
     with float_only(block):
-        _, call = to_units(block, block_call(block, torch.randn(1, 3, 32, 40)))
+        call = to_units(block, block_call(block, torch.randn(1, 3, 32, 40)))
     assert not call.separable
 
 
