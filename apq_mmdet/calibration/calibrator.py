@@ -1,7 +1,8 @@
 """The calibration of a quantized model: observe, disturb, then search block by block."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import equalize, rescalings_of
-from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
@@ -51,7 +52,8 @@ class BlockReport:
 
     Attributes:
         seconds: wall-clock time of its search, in the run that searched it.
-        factors: the chosen range factor by layer and role.
+        factors: the range factor that the search chose by layer and role; compensation and reconstruction may have
+            changed the range since.
         resumed: whether an earlier run had finished it.
     """
 
@@ -98,31 +100,45 @@ def calibrate(
 
     Raises:
         BadInputError: a grid holds no factor that a format allows.
-        CalibrationError: no samples, a quantizer that saw no data, a zero or non-finite gradient.
+        CalibrationError: no samples, a quantizer that saw no data, or NaN or infinite values, a zero or non-finite
+            gradient.
+
+    Whatever is raised, also by an interrupt, leaves a model whose quantizers are not calibrated.
     """
     if not len(samples):
         raise CalibrationError("no calibration samples")
     check_grids(model, recipe.search)
     task = task or FeatureTask()
     blocks = partition(model)
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with CaptureStore(capture_dir, memory_budget // HELD) as store, torch.no_grad():
+        with _all_or_nothing(model), CaptureStore(capture_dir, memory_budget // HELD) as store, torch.no_grad():
             for quantizer in quantizers_of(model):
                 quantizer.use_observer(recipe.observer)
             _float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
             _transform(blocks, store, recipe.equalize)
-            for quantizer in quantizers_of(model):
-                quantizer.set_range_factor(1.0)
+            _take_observed_ranges(model)
             reports: list[BlockReport] = []
             if recipe.search is not None:
                 capture_gradients(model, blocks, samples, task, store, recipe.importance)
                 reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     return CalibrationReport(reports, left_float)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Context whose exceptions leave no quantizer that counts as calibrated."""
+    try:
+        yield
+    except BaseException:
+        for quantizer in quantizers_of(model):
+            quantizer.reset()
+        raise
 
 
 def _float_pass(
@@ -133,12 +149,13 @@ def _float_pass(
     store: CaptureStore,
 ) -> None:
     """Observe every activation range; record every block call and the teacher's outputs of each sample."""
+    inputs = [q for _, layer in quantized_layers(model) for role, q in layer.quantizers.items() if role != "weight"]
     for image in tqdm(own_images(len(samples)), desc="float pass", unit="image", disable=not is_first()):
 
         def see(name: str, args: tuple, kwargs: dict, output: Any, image: int = image) -> None:
             store.add_call(name, image, args, kwargs, output)
 
-        with quantizer_mode(quantizers_of(model), QuantizerMode.OBSERVE), watch_blocks(blocks, see):
+        with float_only(model), quantizer_mode(inputs, QuantizerMode.OBSERVE), watch_blocks(blocks, see):
             teacher = task.teacher(model, samples[image])
         if blocks:
             store.put(("teacher", image), teacher)
@@ -148,7 +165,7 @@ def _float_pass(
             quantizer = layer.quantizers["weight"]
             quantizer.use_observer("minmax")  # weights are known, not sampled
             quantizer.observe(layer.weight)
-    share_observed([q for _, layer in quantized_layers(model) for r, q in layer.quantizers.items() if r != "weight"])
+    share_observed(inputs)
 
 
 def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
@@ -158,10 +175,9 @@ def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: floa
         even = strength > 0 and bool(rescalings_of(block))
         centered = bool(centered_layers(block))
         if even or centered:
-            calls, module = UnitCalls(store, (name, "whole")), block
+            calls, module = UnitCalls(store, (name, "whole")), unit_module(block)
             for call in store.inputs(name):
-                module, units = to_units(block, call)
-                calls.add(units)
+                calls.add(to_units(block, call))
             if even:
                 equalize(block, module, calls, strength)
             if centered:
@@ -200,6 +216,15 @@ def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
     names = list(dict.fromkeys(name for name, _ in unseen))
     leave_float(model, names)
     return names
+
+
+def _take_observed_ranges(model: nn.Module) -> None:
+    for name, layer in quantized_layers(model):
+        for role, quantizer in layer.quantizers.items():
+            try:
+                quantizer.set_range_factor(1.0)
+            except CalibrationError as error:
+                raise CalibrationError(f"{name} ({role}): {error}") from error
 
 
 def _finish_blocks(
@@ -245,14 +270,12 @@ def _finish_one(
     block: nn.Module, name: str, store: CaptureStore, recipe: Recipe, progress: Progress, seed: int
 ) -> dict[str, float]:
     """Everything that a recipe does to one block; the chosen range factors."""
-    calls, search = UnitCalls(store, name), recipe.search
-    module = block
+    calls, module, search = UnitCalls(store, name), unit_module(block), recipe.search
     for call in store.take_calls(name, keep_inputs=search.block_input == "quantized"):
         if search.windows or search.rows:
             with float_only(block):
                 call = sample_call(block, call, search, seed)
-        module, units = to_units(block, call)
-        calls.add(units)
+        calls.add(to_units(block, call))
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
     factors = search_block(module, calls, search.for_block(name), progress)

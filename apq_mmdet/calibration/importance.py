@@ -9,7 +9,7 @@ or not finite, is refused. There are two kinds of disturbance:
   ``|g(+e) - g(-e)|``, a finite difference along e. This is a reconstruction of the importance of APHQ-ViT (Wu et al.,
   CVPR 2025). Its official code shifts one block at a time, every element by the constant 1e-6, under the RPN's loss
   alone. Here all blocks are shifted at once, so that two backward passes an image do however many blocks there are,
-  by random signs times a share of each output's standard deviation, which float32 does not round away.
+  by random signs times a share of each output's standard deviation in the pass, which float32 does not round away.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from apq_mmdet.calibration.distributed import gather, is_first, own_images
 from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import CalibrationError
-from apq_mmdet.layers.base import float_only
+from apq_mmdet.layers.base import float_only, quantizers_of
 
 LEAST_DISTURBANCE = 1e-6  # relative; rounding noise of float32 is about 1e-7, 8-bit quantization about 1e-3
 
@@ -121,7 +121,8 @@ def capture_gradients(
         for parameter in frozen:
             parameter.requires_grad_(True)
     loud = {name for part in gather(seen) for name, found in part.items() if found}
-    silent = [name for part in gather(store.blocks) for name in part if name not in loud]
+    # a block whose layers were all left float has no errors
+    silent = [n for part in gather(store.blocks) for n in part if n not in loud and quantizers_of(blocks[n])]
     if silent:
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "
@@ -142,7 +143,7 @@ def _perturbation(model: nn.Module, gradients: Callable[[Shift], Grads], image: 
 
 
 def _random_shift(seed: int, sign: int) -> Shift:
-    """Adds ``sign * e`` to one output after the other; the same e for the same seed."""
+    """Adds ``sign * e`` to one output after the other; the signs of e are the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def shift(output: Tensor) -> Tensor:

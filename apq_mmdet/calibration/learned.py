@@ -268,7 +268,8 @@ class TrainedActivation(nn.Module):
         """
         words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=self._generator)
-        return (words.view(torch.uint8)[: x.numel()] >= round(256 * self._keep_float)).view(x.shape).to(x.dtype)
+        kept = min(255, round(256 * self._keep_float))  # a byte holds no 256
+        return (words.view(torch.uint8)[: x.numel()] >= kept).view(x.shape).to(x.dtype)
 
     def _quantize(self, x: Tensor, step: Tensor) -> Tensor:
         quantizer = self.quantizer

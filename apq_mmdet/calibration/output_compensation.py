@@ -6,12 +6,15 @@ that place, so a block also makes up for what was lost before it. The official c
 x_q for y, and has no ridge.
 """
 
+from collections.abc import Iterator
+from itertools import groupby
+
 import torch
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import gather
-from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
+from apq_mmdet.calibration.distributed import SHARD, by_shard
+from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, batches, rows_of
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import quantizers_of
 from apq_mmdet.layers.output_compensation import NAME, OutputCompensation
@@ -27,8 +30,7 @@ def fit_output_compensation(block: nn.Module, module: nn.Module, calls: UnitCall
     Args:
         block: its quantizers are calibrated.
         module: its view of units, which does not compensate, or itself; maps tokens [..., C] to tokens.
-        calls: inputs and float outputs on this process' images; in a distributed run the sums of processes are added in
-            the order of their ranks, so that all end alike.
+        calls: inputs and float outputs on this process' images.
 
     Raises:
         CalibrationError: a sum over tokens is NaN or infinite.
@@ -38,14 +40,14 @@ def fit_output_compensation(block: nn.Module, module: nn.Module, calls: UnitCall
         return
     compensation.weight.zero_()
     compensation.bias.zero_()
-    own: Tensor | None = None
+
+    def of_shard(group: Iterator[Batch]) -> Tensor:
+        return sum(_sums(module, tile) for batch in group for _, _, tile in batch.tiles()).cpu()
+
     with quantizer_mode(quantizers_of(block), QuantizerMode.QUANTIZE):
-        for batch in batches(calls):
-            for _, _, tile in batch.tiles():
-                sums = _sums(module, tile)
-                own = sums if own is None else own + sums
-    found = [sums for sums in gather(None if own is None else own.cpu()) if sums is not None]
-    gram, mixed = sum(found[1:], found[0]).split([len(compensation.weight) + 1, len(compensation.weight)])
+        shards = groupby(batches(calls), key=lambda batch: batch.calls[0].image // SHARD)
+        total = sum(by_shard((shard, of_shard(group)) for shard, group in shards))
+    gram, mixed = total.split([len(compensation.weight) + 1, len(compensation.weight)])
     if not (gram.isfinite().all() and mixed.isfinite().all()):
         raise CalibrationError("output compensation: a block's inputs or outputs are NaN or infinite")
     power = gram.diagonal()[:-1].mean().expand(len(compensation.weight))

@@ -119,10 +119,13 @@ class ReconstructionConfig:
 
 
 def worth_reconstructing(module: nn.Module, config: ReconstructionConfig) -> bool:
-    """Whether a block has weights of as few bits as a stage asks for."""
-    return config.most_bits is None or any(
-        int(layer.quantizers["weight"].bits) <= config.most_bits for layer in _with_weight(module)
-    )
+    """Whether a block has what a stage learns, and weights of as few bits as it asks for."""
+    layers = _with_weight(module)
+    roles = [(role, q) for _, layer in quantized_layers(module) for role, q in layer.quantizers.items() if q.linear]
+    weights = bool(config.rounding_lr) and any(role == "weight" for role, _ in roles)
+    steps = bool(config.step_lr) and any(role != "weight" for role, _ in roles)
+    few = config.most_bits is None or any(int(q.quantizers["weight"].bits) <= config.most_bits for q in layers)
+    return few and (weights or steps)
 
 
 @torch.no_grad()

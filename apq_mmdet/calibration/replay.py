@@ -34,7 +34,7 @@ def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterat
 def layer_calls(
     block: nn.Module, call: UnitCall, wanted: list[QuantizedLayer]
 ) -> list[tuple[QuantizedLayer, UnitCall]]:
-    """Float inputs, outputs and output gradients of quantized layers in one call of their block.
+    """Inputs, outputs and output gradients of quantized layers in one call of their block, run in float.
 
     The gradient at a layer's output is the block output's gradient pulled back through the float block, so only
     block-level tensors ever have to be captured.

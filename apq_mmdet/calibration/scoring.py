@@ -121,9 +121,12 @@ def _candidate_outputs(
 
 @dataclass(frozen=True)
 class Choice:
-    """The best candidate, and rough errors of all of them, to be expected of the next search as well."""
+    """The best candidate, and rough errors of all of them, to be expected of the next search as well.
 
-    best: int
+    ``best`` is None where the errors say nothing, because all are the same.
+    """
+
+    best: int | None
     expected: Tensor
 
 
@@ -185,6 +188,8 @@ def best_candidate(
         raise CalibrationError(f"{name}: the error of every candidate range is NaN or infinite")
     evaluated = sorted(full)
     expected[evaluated] = relative(torch.tensor([full[c] for c in evaluated], dtype=torch.float64))
+    if len(full) == number and max(full.values()) == least:
+        return Choice(None, expected)
     return Choice(min(c for c, error in full.items() if error == least), expected)
 
 

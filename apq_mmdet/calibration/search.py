@@ -68,7 +68,7 @@ def search_block(
     Args:
         module: the block, or its view of units; holds quantizers whose observed ranges are known, which are set to
             the result.
-        calls: float inputs, float outputs and gradients of this process' images.
+        calls: inputs, float outputs and gradients of this process' images.
         search: grids, rounds, order, objective, metric point.
         progress: is told what is searched.
 
@@ -139,6 +139,8 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
         )  # the most important units tell candidates apart more than the others do
     choice = best_candidate(evaluate, slot.expected, eliminate, masses, slot.name, bounds)
     slot.expected = choice.expected
+    if choice.best is None:  # inputs are zero, or nothing of the output counts: the observed range is as good as any
+        return min(grid, key=lambda candidate: abs(candidate.factor - 1))
     return grid[choice.best]
 
 
@@ -166,7 +168,7 @@ class SlotErrors:
         return sum_by_image(columns, len(candidates))
 
     def at_module(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
-        """As ``at_block``, of the layer's own output on its float input."""
+        """As ``at_block``, of the layer's own output on its input in the float block."""
         recorded = self._recorded(slot.layer).most_important(share)
         calls = (call.first(share) for call in recorded)
         columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, candidates, objective)

@@ -13,29 +13,37 @@ from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model
 
 IMAGES = 2 * SHARD + 2  # three shards
-# recipe and bits; apq_plus changes weights, and at 3 bits measures tokens
-RECIPES = [("apq", 4), ("apq_fast", 4), ("apq_plus", 4), ("apq_plus", 3)]
+FEW = 3  # one shard: all but one process have no image
+# recipe, bits and images; apq_plus changes weights, at 3 bits learns them and measures tokens
+RUNS = [
+    ("apq", 4, IMAGES),
+    ("apq_fast", 4, IMAGES),
+    ("apq_plus", 4, IMAGES),
+    ("apq_plus", 3, IMAGES),
+    ("apq_plus", 3, FEW),
+    ("qwt", 4, IMAGES),
+]
 
 
-def calibrated(name: str, bits: int) -> dict[str, torch.Tensor]:
+def calibrated(name: str, bits: int, images: int = IMAGES) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    settings = recipe(name, a_bits=bits, search=dict(grids=short_grids(9), rounds=1))
+    settings = recipe(name, w_bits=bits, a_bits=bits, search=dict(grids=short_grids(9), rounds=1))
     model = build_swin()
     quantize_model(model, settings.policy)
-    calibrate(model, [torch.randn(1, 3, 29, 21 + 8 * (i % 2)) for i in range(IMAGES)], settings)
+    calibrate(model, [torch.randn(1, 3, 29, 21 + 8 * (i % 2)) for i in range(images)], settings)
     return packed_state_dict(model)
 
 
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     with process_group(rank, processes, port):
         images = own_images(IMAGES)
-        torch.save([images, {made: calibrated(*made) for made in RECIPES}], f"{folder}/{rank}.pth")
+        torch.save([images, {made: calibrated(*made) for made in RUNS}], f"{folder}/{rank}.pth")
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[tuple[str, int], dict[str, torch.Tensor]]:
-    return {made: calibrated(*made) for made in RECIPES}
+def alone() -> dict[tuple[str, int, int], dict[str, torch.Tensor]]:
+    return {made: calibrated(*made) for made in RUNS}
 
 
 @pytest.mark.parametrize("processes", [2, 3])

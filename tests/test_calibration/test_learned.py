@@ -150,7 +150,7 @@ def test_bound_of_a_format_is_kept():
     torch.testing.assert_close(quantizer.scale, torch.tensor([0.9 / 15]))
 
 
-@pytest.mark.parametrize(("keep_float", "share"), [(0.0, 0.0), (0.25, 0.25), (1.0, 1.0)])
+@pytest.mark.parametrize(("keep_float", "share"), [(0.0, 0.0), (0.25, 0.25), (0.999, 1.0), (1.0, 1.0)])
 def test_share_of_elements_that_stay_float(keep_float, share):
     quantizer = AffineQuantizer(2)
     quantizer.set_parameters(torch.tensor([1.0]), torch.tensor([1]))

@@ -11,7 +11,7 @@ from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.output_compensation import DAMPING, fit_output_compensation
 from apq_mmdet.calibration.store import CaptureStore, TensorStore
-from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantizers_of
 from apq_mmdet.layers.output_compensation import COMPENSATED
@@ -44,11 +44,10 @@ def observe_all(block, inputs):
 
 
 def calls_of(block, inputs, outputs):
-    calls, module = UnitCalls(TensorStore(memory=2**30), "block"), block
+    calls = UnitCalls(TensorStore(memory=2**30), "block")
     for image, (args, output) in enumerate(zip(inputs, outputs, strict=True)):
-        module, units = to_units(block, BlockCall(args, {}, [output], [torch.ones_like(output)], image))
-        calls.add(units)
-    return module, calls
+        calls.add(to_units(block, BlockCall(args, {}, [output], [torch.ones_like(output)], image)))
+    return unit_module(block), calls
 
 
 def compensated_swin():

@@ -17,7 +17,7 @@ from apq_mmdet.calibration.reconstruction import (
     worth_reconstructing,
 )
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import AffineQuantizer, QuantizerMode, quantizer_mode
@@ -78,9 +78,8 @@ def swin_block(settings=None):
     inputs = [(torch.randn(1, h * w, 8), (h, w)) for h, w in sizes]
     entries = []
     for image, (args, output) in enumerate(zip(inputs, observed(block, inputs), strict=True)):
-        view, units = to_units(block, BlockCall(args, {}, [output], [torch.randn_like(output)], image))
-        entries.append(units)
-    return view, as_calls(entries)
+        entries.append(to_units(block, BlockCall(args, {}, [output], [torch.randn_like(output)], image)))
+    return unit_module(block), as_calls(entries)
 
 
 @torch.no_grad()
@@ -156,6 +155,15 @@ def test_codes_straight_through_go_both_ways_from_weights_on_their_grids():
 def test_blocks_of_many_bits_are_not_worth_it(most_bits, worth):
     view, _ = swin_block()
     assert worth_reconstructing(view, replace(QUICK, most_bits=most_bits)) is worth
+
+
+def test_blocks_without_anything_to_learn_are_not_worth_it():
+    """A stage that learns steps has nothing to do where inputs are float, one that learns weights where those are."""
+    steps, weights = replace(QUICK, rounding_lr=0.0), replace(QUICK, step_lr=0.0)
+    for role, worth in (("input", (False, True)), ("weight", (True, False))):
+        block = nn.Sequential(nn.Linear(4, 4))
+        quantize_model(block, recipe("minmax", overrides=dict(mine={role: None})).policy)
+        assert (worth_reconstructing(block, steps), worth_reconstructing(block, weights)) == worth
 
 
 def state_after(config, seed, make=swin_block):

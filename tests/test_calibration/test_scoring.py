@@ -77,6 +77,13 @@ def test_the_first_of_several_that_tie():
     assert TOGETHER > 3
 
 
+def test_errors_that_are_all_the_same_choose_nothing():
+    """Such as those of a layer whose gradient is zero: its lowest factor would clip it for nothing."""
+    assert best(Errors([0.0] * 41)) is None
+    assert best(Errors([2.0, 2.0])) is None
+    assert best(Errors([0.0] * 40 + [1.0])) == 0
+
+
 def test_nan_is_never_best_and_all_nan_is_an_error():
     assert best(Errors([NAN] * 20 + [3.0] + [NAN] * 20)) == 20
     assert best(Errors([INF] * 20 + [3.0] + [NAN] * 20), [1.0] * 41) == 20

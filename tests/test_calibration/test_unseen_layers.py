@@ -74,3 +74,34 @@ def test_a_block_whose_layers_were_left_float_is_passed_over(monkeypatch):
     report = calibrate(model, [torch.randn(3, 4)], settings)
     assert report.left_float == ["1.layer"]
     assert [block.block for block in report.blocks] == ["0", "2"]
+
+
+class Sometimes(nn.Module):
+    """A block that is always called, here with nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Empty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), Sometimes()
+
+    def forward(self, x):
+        y = self.body(x)
+        return y, self.head(y[:0])
+
+
+def test_a_block_that_saw_empty_inputs_alone_is_passed_over_too(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Sometimes])
+    settings = recipe("apq", search=dict(grids=short_grids(4)), on_unseen="float")
+    model = Empty()
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(3, 4)], settings)
+    assert report.left_float == ["head.layer"]
+    assert [block.block for block in report.blocks] == ["body"]
