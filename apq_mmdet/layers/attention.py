@@ -95,8 +95,20 @@ class ProductMultiheadAttention(nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Takes the projections by torch's names as well as by their own."""
-        _split_projections(self, state_dict, prefix)
+        self.split_projections(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def split_projections(state: dict[str, Tensor], prefix: str) -> None:
+        """Rename torch's parameters of the projections to those of their modules, in place."""
+        for part in ("weight", "bias"):
+            whole = state.pop(f"{prefix}in_proj_{part}", None)
+            if whole is not None:
+                names = (f"{prefix}{name}.{part}" for name in PROJECTIONS)
+                state.update(zip(names, whole.tensor_split(3), strict=True))
+        for name in PROJECTIONS:  # of embeddings of different sizes
+            if f"{prefix}{name}_weight" in state:
+                state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}_weight")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,17 +138,6 @@ def use_projection_and_product_modules(attention: nn.MultiheadAttention) -> None
     attention.__class__ = ProductMultiheadAttention
     attention._register_state_dict_hook(_merge_projections)
     attention.load_state_dict(state, strict=False)
-
-
-def _split_projections(attention: ProductMultiheadAttention, state: dict[str, Tensor], prefix: str) -> None:
-    """Rename torch's parameters of the projections to those of their modules, in place."""
-    for part in ("weight", "bias"):
-        whole = state.pop(f"{prefix}in_proj_{part}", None)
-        if whole is not None:
-            state.update(zip((f"{prefix}{name}.{part}" for name in PROJECTIONS), whole.tensor_split(3), strict=True))
-    for name in PROJECTIONS:  # of embeddings of different sizes
-        if f"{prefix}{name}_weight" in state:
-            state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}_weight")
 
 
 def _merge_projections(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers.base import INPUT_FACTORS, LAYERS, to_quantized
+from apq_mmdet.layers.base import INPUT_FACTORS, LAYERS, quantized_layers, to_quantized
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -139,9 +139,17 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
     _refuse_divided_twice({name: modules[name] for name in targets})
     if not any(row.bits for row in table):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
+    _follow_devices(model)
     install_state_hooks(model)
     model.quantization_table = table
     return table
+
+
+def _follow_devices(model: nn.Module) -> None:
+    """Put quantizers where their layers are; products, which have no parameters, are where the model begins."""
+    beginning = next(model.parameters())
+    for _, layer in quantized_layers(model):
+        layer.quantizers.to(next(layer.parameters(), beginning).device)
 
 
 def _refuse_divided_twice(layers: dict[str, nn.Module]) -> None:

@@ -43,7 +43,7 @@ def install_output_compensation(model: nn.Module) -> None:
     for module in list(model.modules()):
         channels = next((count(module) for cls, count in COMPENSATED.items() if isinstance(module, cls)), None)
         if channels is not None:
-            module.add_module(NAME, OutputCompensation(channels))
+            module.add_module(NAME, OutputCompensation(channels).to(next(module.parameters()).device))
             module.register_forward_hook(_compensated, with_kwargs=True)
             found = True
     if not found:

@@ -11,9 +11,10 @@ from apq_mmdet.layers.base import INPUT_CENTERS, INPUT_FACTORS, QuantizedLayer
 from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VERSION_KEY = "apq_format_version"
 PACKED_SUFFIX = "weight_codes"
+FORMAT_SUFFIX = ".format"  # of what each quantizer says about its codes
 
 
 def is_added(key: str) -> bool:
@@ -69,7 +70,8 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def install_state_hooks(model: nn.Module) -> None:
     """Let ``model`` load float checkpoints as before, and quantized ones completely or not at all."""
-    model.register_buffer(VERSION_KEY, torch.tensor(FORMAT_VERSION))
+    device = next(model.parameters()).device
+    model.register_buffer(VERSION_KEY, torch.tensor(FORMAT_VERSION, device=device))
     # the public name of this method is younger than the oldest torch that is supported
     model._register_load_state_dict_pre_hook(_before_load, with_module=True)
 
@@ -92,11 +94,14 @@ def _before_load(
                 state.setdefault(key, fresh(value) if fresh else value)
         return
     version = int(state[prefix + VERSION_KEY])
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        remedy = "install a newer apq_mmdet" if version > FORMAT_VERSION else "quantize the detector again"
         raise CheckpointError(
-            f"the checkpoint has quantized format version {version}, this apq_mmdet reads up to {FORMAT_VERSION}: "
-            f"install a newer apq_mmdet"
+            f"the checkpoint has quantized format version {version}, this apq_mmdet reads {FORMAT_VERSION}: {remedy}"
         )
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "split_projections"):  # multi-head attention, whose state_dict() has torch's names
+            module.split_projections(state, f"{prefix}{name}." if name else prefix)
     _unpack_weights(model, state, prefix)
     _refuse_incomplete(own, state, prefix)
 
@@ -137,12 +142,17 @@ def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix:
     problems += [
         f"shape of {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
         for key, value in given.items()
-        if key in own and value.shape != own[key].shape
+        if key in own and value.shape != own[key].shape and not key.endswith(FORMAT_SUFFIX)
     ]
     problems += [
         f"{key} is {int(given[key])} in the checkpoint, {int(value)} in the config"
         for key, value in own.items()
-        if key.endswith((".bits", ".signed")) and key in given and int(given[key]) != int(value)
+        if key.endswith(".bits") and key in given and int(given[key]) != int(value)
+    ]
+    problems += [
+        f"{key} is {_text(given[key])!r} in the checkpoint, {_text(value)!r} in the config"
+        for key, value in own.items()
+        if key.endswith(FORMAT_SUFFIX) and key in given and _text(given[key]) != _text(value)
     ]
     problems += [f"not calibrated: {key}" for key in _uncalibrated(given)]
     if problems:
@@ -150,6 +160,10 @@ def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix:
             f"the quantized checkpoint does not fit this model: {_listed(problems)}. Load it with the config.py that "
             f"was written beside it"
         )
+
+
+def _text(characters: Tensor) -> str:
+    return bytes(characters.to(torch.uint8).flatten().tolist()).decode(errors="replace")
 
 
 def _uncalibrated(state: dict[str, Tensor]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.errors import CalibrationError, UncalibratedError
 from apq_mmdet.quantizers.observers import Observer, build_observer
+from apq_mmdet.registry import QUANTIZERS
 
 
 class QuantizerMode(Enum):
@@ -36,7 +37,8 @@ class Quantizer(nn.Module, ABC):
         symmetric: signed codes around zero with ``zero_point`` 0.
 
     Attributes:
-        scale: float32 [G]; zero_point: int32 [G]; bits: uint8 []; signed, calibrated: bool []; all in the state_dict.
+        scale: float32 [G]; zero_point: int32 [G]; bits: uint8 []; calibrated: bool []; format: uint8, the characters
+            of ``format_name`` and of whether codes are symmetric; all in the state_dict.
         variant: float32 [G], in the state_dict; of formats with ``variants`` only.
         observer: gathers the range of the data seen; min-max unless ``use_observer`` set another.
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
@@ -73,10 +75,16 @@ class Quantizer(nn.Module, ABC):
         self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("zero_point", torch.zeros(groups, dtype=torch.int32))
         self.register_buffer("bits", torch.tensor(bits, dtype=torch.uint8))
-        self.register_buffer("signed", torch.tensor(symmetric))
         self.register_buffer("calibrated", torch.tensor(False))
+        described = f"{self.format_name()}, {'symmetric' if symmetric else 'asymmetric'}"
+        self.register_buffer("format", torch.tensor(list(described.encode()), dtype=torch.uint8))
         if self.variants:
             self.register_buffer("variant", torch.full((groups,), self.default_variant))
+
+    @classmethod
+    def format_name(cls) -> str:
+        """The name under which the format is registered."""
+        return next((name for name, known in QUANTIZERS.module_dict.items() if known is cls), cls.__name__)
 
     # -- parameters -------------------------------------------------------------------------------------------
 
@@ -102,11 +110,21 @@ class Quantizer(nn.Module, ABC):
         """Calibrate to ``factor`` times the observed range, and to a variant where the format has one.
 
         Raises:
-            CalibrationError: nothing was observed.
+            CalibrationError: nothing was observed, or NaN or infinity.
         """
         if self.observed is None:
             raise CalibrationError("no data was observed")
-        self.set_parameters(*self.parameters_for(*self.observed, factor, variant))
+        low, high = self.observed
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            raise CalibrationError("NaN or infinite values were observed")
+        self.set_parameters(*self.parameters_for(low, high, factor, variant))
+
+    def reset(self) -> None:
+        """Count as not calibrated, in the normal mode."""
+        self.calibrated.fill_(False)
+        self._ready = False
+        self.mode = QuantizerMode.QUANTIZE
+        self.fixed = None
 
     # -- observed range ---------------------------------------------------------------------------------------
 

@@ -17,20 +17,20 @@ class DynamicQuantizer(Quantizer):
         ValueError: ``symmetric`` was asked for, or groups of a format that makes none.
 
     Attributes:
-        name: of the format.
         grouped: whether groups of channels or heads may have shares of their own.
         scale: step as a share of what the values of a grid span, f / (2^k - 1).
     """
 
     dynamic = True
-    name: ClassVar[str]
     grouped: ClassVar[bool] = False
 
     def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
         if symmetric:
-            raise ValueError(f"the {self.name} format is unsigned by definition: symmetric=True makes no sense here")
+            raise ValueError(
+                f"the {self.format_name()} format is unsigned by definition: symmetric=True makes no sense"
+            )
         if groups != 1 and not self.grouped:
-            raise ValueError(f"the {self.name} format has one grid for all channels: it makes no groups of channels")
+            raise ValueError(f"the {self.format_name()} format has one grid for all channels: no groups of them")
         super().__init__(bits, axis=axis, groups=groups, symmetric=False)
 
     def parameters_for(
@@ -46,7 +46,7 @@ class DynamicQuantizer(Quantizer):
 
     def decode(self, codes: Tensor) -> Tensor:
         """See ``decode_on``; codes alone do not tell their grids."""
-        raise TypeError(f"values of {self.name} codes need the grids of their data: use decode_on")
+        raise TypeError(f"values of {self.format_name()} codes need the grids of their data: use decode_on")
 
 
 @QUANTIZERS.register_module(name="dynamic_affine")
@@ -62,13 +62,10 @@ class DynamicAffineQuantizer(DynamicQuantizer):
     that fill up the smaller ones count as theirs.
     """
 
-    name = "dynamic_affine"
     inputs_of = ("Linear", "Conv2d", "ConvTranspose2d")
 
     def __init__(self, bits: int, axis: int = -1, groups: int = 1, symmetric: bool = False) -> None:
         super().__init__(bits, axis=axis, groups=groups, symmetric=symmetric)
-        # all else that a checkpoint holds of a fixed range has the same names and shapes
-        self.register_buffer("by_sample", torch.tensor(True))
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Step s and zero point z for the values of ``x``, in its dtype, with size 1 from ``axis`` on."""

@@ -37,7 +37,6 @@ class RowAffineQuantizer(DynamicQuantizer):
     with r_i from the integer row sums of q. Masked entries take part in it: their share of a row's rest is not zero.
     """
 
-    name = "row_affine"
     grouped = True
 
     def parameters_for(

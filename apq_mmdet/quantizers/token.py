@@ -43,7 +43,6 @@ class TokenAffineQuantizer(DynamicQuantizer):
     token's range is about what sets it apart from other tokens.
     """
 
-    name = "token_affine"
     inputs_of = ("Linear",)
     centered = True
 

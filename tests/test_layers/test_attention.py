@@ -222,3 +222,18 @@ def test_quantization_counts_in_every_part():
             for quantizer in layer.quantizers.values():
                 with float_only(quantizer):
                     assert not torch.equal(model(x), wanted)
+
+
+def test_its_own_state_dict_loads_again():
+    """Which has torch's names of the projections, unlike a packed one."""
+    settings = recipe("minmax")
+    model, other = SelfAttention(), SelfAttention()
+    for made in (model, other):
+        quantize_model(made, settings.policy)
+    calibrate(model, [torch.randn(1, 9, CHANNELS)], settings, FeatureTask())
+    state = model.state_dict()
+    assert "attn.in_proj_weight" in state
+    other.load_state_dict(state)
+    x = torch.randn(1, 6, CHANNELS)
+    with torch.no_grad():
+        assert torch.equal(model(x), other(x))

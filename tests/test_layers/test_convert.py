@@ -123,3 +123,9 @@ def test_formats_without_linear_codes_are_refused_for_weights():
     rule = dict(pattern="fc", weight=dict(format="twin_gelu"))
     with pytest.raises(BadInputError, match=r"layer 'fc'.*'twin_gelu'.*'weight'.*'affine'"):
         quantize_model(EveryLayer(), Policy.from_dict(dict(overrides=dict(r=rule))))
+
+
+def test_quantizers_are_where_their_layers_are():
+    model = build_swin().to("meta")
+    quantize_model(model, recipe("qwt").policy)
+    assert {value.device.type for value in (*model.parameters(), *model.buffers())} == {"meta"}

@@ -94,6 +94,7 @@ def change(key, value):
     ("edit", "message"),
     [
         (change(VERSION_KEY, torch.tensor(99)), "format version 99.*newer apq_mmdet"),
+        (change(VERSION_KEY, torch.tensor(1)), "format version 1.*quantize the detector again"),
         (change(f"{LAYER}.weight_codes", torch.zeros(3, dtype=torch.uint8)), "3 bytes of packed codes"),
         (change(f"{LAYER}.quantizers.weight.scale", torch.ones(5)), "scale is \\(5,\\), the model has \\(1,\\)"),
         (change(f"{LAYER}.quantizers.input.calibrated", torch.tensor(False)), "not calibrated.*role input"),
@@ -110,7 +111,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(calibrated, edit, message):
 
 def test_a_symmetric_config_refuses_an_asymmetric_checkpoint(calibrated):
     rule = dict(kind="Linear", weight=dict(symmetric=True))
-    with pytest.raises(CheckpointError, match=r"weight\.signed is 0 in the checkpoint, 1 in the config"):
+    with pytest.raises(
+        CheckpointError, match=r"weight\.format is 'affine, asymmetric' in the checkpoint, 'affine, symm.*' in"
+    ):
+        fresh(overrides=dict(mine=rule)).load_state_dict(packed_state_dict(calibrated))
+
+
+@pytest.mark.parametrize("other", ["affine", "row_affine", "log_sqrt2", "twin_softmax"])
+def test_attention_codes_of_another_format_are_refused(calibrated, other):
+    """Most formats hold tensors of the same names and shapes, which mean other values in each."""
+    rule = dict(kind="MatMul", attention=dict(format=other))
+    with pytest.raises(CheckpointError, match=rf"attention\.format is 'matthew, .*' in .* '{other}, asymmetric' in"):
         fresh(overrides=dict(mine=rule)).load_state_dict(packed_state_dict(calibrated))
 
 

@@ -158,7 +158,7 @@ def test_variants_and_range_factor_matter_where_they_are_said_to(name):
 def test_affine_formats_have_no_variant():
     for name in ("affine", "matthew"):
         keys = set(build(name, 4, x=torch.tensor([[0.0], [1.0]])).state_dict())
-        assert keys == {"scale", "zero_point", "bits", "signed", "calibrated"}
+        assert keys == {"scale", "zero_point", "bits", "format", "calibrated"}
 
 
 @pytest.mark.parametrize(("name", "value"), [*((name, -1e-3) for name in SOFTMAX), ("twin_gelu", -0.3)])
