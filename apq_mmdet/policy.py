@@ -51,6 +51,18 @@ def name_matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
+def _nearest(pattern: str, names: list[str]) -> str | None:
+    """The name that a pattern which matches none may have meant: of a glob or regex, by the last part of both."""
+    literal = not pattern.startswith("re:") and not set(pattern) & set("*?[")
+    if literal:
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+        return near[0] if near else None
+    by_end = {name.rpartition(".")[2]: name for name in names}
+    end = pattern.removeprefix("re:").strip("*.$^").rpartition(".")[2]
+    near = difflib.get_close_matches(end, by_end, n=1, cutoff=0.3)
+    return by_end[near[0]] if near else None
+
+
 @dataclass(frozen=True)
 class QuantizerSpec:
     """One tensor role's number format.
@@ -210,8 +222,8 @@ class Policy:
                     f"they have {', '.join(sorted({role for roles in matched for role in roles}))}"
                 )
             if not matched:
-                near = difflib.get_close_matches(rule.pattern, [name for name, *_ in layers], n=1, cutoff=0.3)
-                hint = f"; the nearest name is {near[0]!r}" if near else ""
+                near = _nearest(rule.pattern, [name for name, *_ in layers])
+                hint = f"; the nearest name is {near!r}" if near else ""
                 raise BadInputError(
                     f"quant.overrides.{rule_name}: pattern {rule.pattern!r} (kind {rule.kind or 'any'}) matches no "
                     f"layer that scope {self.scope!r} quantizes{hint}"

@@ -113,10 +113,14 @@ def test_one_role_can_stay_float():
     assert reason == "left float by overrides.r"
 
 
-def test_override_that_matches_nothing_is_refused():
-    policy = Policy.from_dict(dict(overrides=dict(r=dict(pattern="*.qvk", float=True))))
-    with pytest.raises(BadInputError, match=r"overrides.r: .*matches no layer.*attn\.qkv"):
-        policy.check_overrides([("attn.qkv", "Linear", ("weight", "input"))])
+@pytest.mark.parametrize("pattern", ["*.qvk", "*qvk", r"re:.*\.qvk$", "backbone.stages.1.attn.qvk"])
+def test_override_that_matches_nothing_is_refused(pattern):
+    policy = Policy.from_dict(dict(overrides=dict(r=dict(pattern=pattern, float=True))))
+    names = ["backbone.stages.0.attn.proj", "backbone.stages.1.attn.qkv", "backbone.stages.1.ffn.fc1"]
+    with pytest.raises(
+        BadInputError, match=r"overrides.r: .*matches no layer.* nearest name is '.*stages\.1\.attn\.qkv'"
+    ):
+        policy.check_overrides([(name, "Linear", ("weight", "input")) for name in names])
 
 
 def test_override_of_a_role_that_no_matched_layer_has_is_refused():

@@ -1,12 +1,16 @@
 """Draw a float detector's detections on an image beside those of its quantized versions."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import VISUALIZERS
+
+from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.errors import BadInputError
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,8 +36,10 @@ def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) ->
     image = cv2.cvtColor(cv2.imread(args.image), cv2.COLOR_BGR2RGB)
     size = (image.shape[1] * args.scale, image.shape[0] * args.scale)
     result.pred_instances.bboxes *= args.scale
-    masks = [cv2.resize(m.astype(np.uint8), size) > 0 for m in result.pred_instances.pop("masks").cpu().numpy()]
-    result.pred_instances.masks = np.array(masks).reshape(-1, size[1], size[0])
+    masks = result.pred_instances.pop("masks", None)  # none of box detectors
+    if masks is not None:
+        enlarged = [cv2.resize(m.astype(np.uint8), size) > 0 for m in masks.cpu().numpy()]
+        result.pred_instances.masks = np.array(enlarged).reshape(-1, size[1], size[0])
     image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
     visualizer.add_datasample(title, image, result, draw_gt=False, pred_score_thr=args.score_thr)
     drawn = cv2.cvtColor(visualizer.get_image(), cv2.COLOR_RGB2BGR)
@@ -46,10 +52,33 @@ def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) ->
 def main() -> None:
     """Write the picture."""
     args = parse_args()
-    panels = []
-    for model in args.models:
+    sys.exit(exit_code_of(lambda: draw(args)))
+
+
+def read_models(models: list[str]) -> list[tuple[str, str, str]]:
+    """Title, config and checkpoint of each model.
+
+    Raises:
+        BadInputError: an argument of another form, or a file that is missing.
+    """
+    found = []
+    for model in models:
         title, _, paths = model.partition("=")
-        panels.append(panel(title, *paths.split(","), args))
+        config, _, checkpoint = paths.partition(",")
+        if not checkpoint:
+            raise BadInputError(f"expected TITLE=CONFIG,CHECKPOINT, got {model!r}")
+        for path in (config, checkpoint):
+            if not Path(path).is_file():
+                raise BadInputError(f"{path} does not exist")
+        found.append((title, config, checkpoint))
+    return found
+
+
+def draw(args: argparse.Namespace) -> None:
+    """All models side by side."""
+    if cv2.imread(args.image) is None:
+        raise BadInputError(f"{args.image} is no image that can be read")
+    panels = [panel(*model, args) for model in read_models(args.models)]
     gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
     cv2.imwrite(str(args.out), np.hstack([part for p in panels for part in (p, gap)][:-1]))
     print(f"{args.out} written")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from apq_mmdet.datasets import write_demo_set
 from apq_mmdet.datasets.preview import contact_sheet
+from apq_mmdet.engine.exit_codes import exit_code_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,6 +26,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Draw the set, or say that it is there."""
     args = parse_args()
+    sys.exit(exit_code_of(lambda: write(args)))
+
+
+def write(args: argparse.Namespace) -> None:
+    """The set, or a preview of it."""
     if args.preview:
         contact_sheet(args.preview, args.seed)
         return

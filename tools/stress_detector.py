@@ -17,6 +17,8 @@ from torch import Tensor
 
 from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder
 from apq_mmdet.engine.checkpoint import load_float_weights
+from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.engine.options import check_seed
 from apq_mmdet.engine.quantized_config import read_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
@@ -43,9 +45,14 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
     """Load, stress, write.
 
     Raises:
-        BadInputError: no Swin blocks, a checkpoint of another architecture, no images.
+        BadInputError: a quantized config, no Swin blocks, a checkpoint of another architecture, no images.
     """
+    check_seed(args.seed)
     cfg = read_config(args.config)
+    if not isinstance(cfg.get("model"), dict):
+        raise BadInputError(f"config {args.config} defines no model")
+    if "quant" in cfg.model or "quant" in (cfg.model.get("backbone") or {}):
+        raise BadInputError(f"config {args.config} is that of a quantized detector; give the float one")
     register_all_modules()
     torch.manual_seed(args.seed)
     model = MODELS.build(cfg.model).eval()
@@ -76,16 +83,15 @@ def _state_like(checkpoint: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = parse_args(argv)
-    try:
-        rows = stress_checkpoint(args)
-    except BadInputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: show(args, stress_checkpoint(args)))
+
+
+def show(args: argparse.Namespace, rows: list[Unevenness]) -> None:
+    """How uneven channels were and are."""
     print(f"{'largest channel over the median':<52}{'before':>8}{'after':>8}")
     for row in rows:
         print(f"{row.place + ', ' + row.role:<52}{row.before:>8.1f}{row.after:>8.1f}")
     print(f"{args.out} written")
-    return 0
 
 
 if __name__ == "__main__":

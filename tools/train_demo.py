@@ -8,6 +8,7 @@ last stage's weights are exported in half precision, without optimizer, and load
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train stage after stage, then export."""
     args = parse_args()
+    if not (ROOT / "data/demo/demo.json").is_file():
+        sys.exit("data/demo holds no demo set: draw it with python tools/make_demo_data.py")
     before: Path | None = None
     for name in STAGES[args.detector]:
         folder = args.work_dir / name

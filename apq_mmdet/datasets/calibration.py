@@ -71,7 +71,7 @@ class CalibrationImages(Sequence):
         if shared and not allowed:
             raise BadInputError(
                 f"{len(shared)} of {len(self)} calibration images are evaluated images, e.g. {min(shared)}; "
-                f"calibrate on training images or on another folder"
+                f"calibrate on training images or on another folder; --allow-overlap accepts the AP of seen images"
             )
         return len(shared)
 
@@ -110,7 +110,7 @@ def calibration_from_folder(cfg: Config, folder: str, num: int, seed: int) -> Ca
     if not os.path.isdir(folder):
         raise BadInputError(f"calibration folder {folder} does not exist")
     images = [(p.name, str(p)) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES]
-    return CalibrationImages(choose(images, num, seed, f"folder {folder}"), test_pipeline(cfg))
+    return CalibrationImages(choose(images, num, seed, f"folder {folder} (without its subfolders)"), test_pipeline(cfg))
 
 
 def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]:
@@ -126,8 +126,13 @@ def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]
         raise BadInputError("the config has no train_dataloader.dataset: give a folder with --calib-dir") from error
     try:
         dataset = DATASETS.build(config)
-    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, ImportError) as error:
         raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
+    except ValueError as error:  # what mmdet makes of a set without images
+        raise BadInputError(
+            f"the training set cannot be read: {error}; do the classes of its metainfo stand in its annotations? Or "
+            f"give a folder with --calib-dir"
+        ) from error
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     return [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos], dataset.metainfo
 

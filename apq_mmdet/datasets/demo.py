@@ -19,10 +19,13 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from apq_mmdet.errors import BadInputError
+
 from .scene import Image, Instance, draw_scene
 from .shapes import CLASSES
 
 SPLITS = ("train", "val")
+STAMP = "demo.json"  # tells which demo set a folder holds
 JPEG_QUALITY = 95
 FORMAT = 1  # raise when drawing changes: older data on disk is then not taken for complete
 
@@ -57,18 +60,21 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
 
     Returns:
         Whether anything was written.
+
+    Raises:
+        BadInputError: ``out`` holds anything but a demo set.
     """
     stamp = {"format": FORMAT, "seed": seed, "train": num_train, "val": num_val}
     if is_complete(out, stamp):
         return False
-    if out.exists() and any(out.iterdir()) and not (out / "annotations").is_dir():
-        raise FileExistsError(f"{out} holds something other than a demo set; choose another folder")
+    if out.exists() and not (out.is_dir() and ((out / STAMP).is_file() or not any(out.iterdir()))):
+        raise BadInputError(f"{out} holds something other than a demo set; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         temporary = Path(folder) / out.name
         for split, number in (("train", num_train), ("val", num_val)):
             _write_split(temporary, split, number, seed, workers)
-        (temporary / "demo.json").write_text(json.dumps(stamp))
+        (temporary / STAMP).write_text(json.dumps(stamp))
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)
@@ -77,7 +83,7 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
 
 def is_complete(out: Path, stamp: dict[str, int]) -> bool:
     """Whether `out` holds the set that `stamp` describes; the stamp is written last."""
-    path = out / "demo.json"
+    path = out / STAMP
     return path.is_file() and json.loads(path.read_text()) == stamp
 
 

@@ -11,20 +11,41 @@ from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import tensor_bytes, write_atomic, write_json
 
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
+FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
+CAPTURES = "apq_capture_*"  # folders of captured tensors, which a killed run leaves behind
 
 
-def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
-    """Raise BadInputError if ``folder`` holds blocks of a run of another description; changes nothing."""
-    description = folder / DESCRIPTION
-    if not description.exists():
+def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
+    """Raise BadInputError if a run must not use ``folder`` for its blocks; changes nothing.
+
+    Args:
+        folder: may hold blocks of an earlier run.
+        run: description of everything that the result depends on; plain containers.
+        resume: whether the run wants to go on with them.
+    """
+    if not folder.exists():
         return
-    run = _plain(run)
-    kept = json.loads(description.read_text())
+    if not folder.is_dir():
+        raise BadInputError(f"{folder} is a file; finished blocks are kept in a folder of that name")
+    if not (folder / DESCRIPTION).exists():
+        foreign = next((p for p in sorted(folder.iterdir()) if not (p.match(CAPTURES) or p.name.startswith("."))), None)
+        if foreign is not None:
+            raise BadInputError(
+                f"{folder} holds {foreign.name}, which is no block of a calibration: use another --work-dir"
+            )
+        return
+    run, kept = _plain(run), json.loads((folder / DESCRIPTION).read_text())
     changed = [key for key in run if kept.get(key) != run[key]]
-    if changed:
+    if resume and changed:
         raise BadInputError(
             f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the "
             f"command of that run, or drop --resume to start anew"
+        )
+    blocks = len(list(folder.glob("*.pth")))
+    if blocks and not resume and not changed and not (folder / FINISHED).exists():
+        raise BadInputError(
+            f"{folder} holds {blocks} finished blocks of this very run: go on with --resume, or delete the folder to "
+            f"start anew"
         )
 
 
@@ -37,22 +58,23 @@ class BlockStatesOnDisk:
     """One file a finished block in ``folder``, beside a description of the run that they belong to.
 
     Args:
-        folder: made if absent.
+        folder: made if absent; what an earlier run has left in it is deleted, unless this one goes on with it.
         run: description of everything that the result depends on; plain containers.
         resume: go on with what is there; otherwise start anew.
 
     Raises:
-        BadInputError: what is there belongs to another run.
+        BadInputError: see ``check_folder``.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
+        check_folder(folder, run, resume)
         self.folder = folder
-        for leftover in folder.glob("apq_capture_*"):  # of a killed run
+        for leftover in folder.glob(CAPTURES):
             shutil.rmtree(leftover, ignore_errors=True)
         if resume and (folder / DESCRIPTION).exists():
-            refuse_other_run(folder, run)
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder / DESCRIPTION, folder / FINISHED, *folder.glob("*.pth")):
+            path.unlink(missing_ok=True)
         write_json(folder / DESCRIPTION, _plain(run))
 
     def _path(self, block: str) -> Path:
@@ -66,3 +88,7 @@ class BlockStatesOnDisk:
     def save(self, block: str, finished: dict[str, Any]) -> None:
         """Keep a finished block, atomically."""
         write_atomic(self._path(block), tensor_bytes(finished))
+
+    def finish(self) -> None:
+        """Say that all that the blocks are kept for has been written: the same run may start anew."""
+        write_atomic(self.folder / FINISHED, b"")

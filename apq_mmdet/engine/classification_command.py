@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import DictAction
 from mmengine.device import get_device
 
 import apq_mmdet
@@ -27,6 +26,7 @@ from apq_mmdet.engine.classification import (
 )
 from apq_mmdet.engine.command import choose_device
 from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.engine.options import KeyValues, check_seed, check_work_dir, refuse_keys_under
 from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, read_recipe
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, quantize_model
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", help="float checkpoint, .pth or .safetensors")
     weights.add_argument("--pretrained", action="store_true", help="let timm download its weights")
-    add("--model-args", nargs="+", action=DictAction, default={}, help="key=value arguments of timm's model")
+    add("--model-args", nargs="+", action=KeyValues, default={}, help="key=value arguments of timm's model")
     add("--work-dir", type=Path, required=True, help="folder for quantized.pth and report.json")
     add("--calib-dir", required=True, help="folder of calibration images, also in subfolders; no labels are read")
     add("--val-dir", help="folder of images to evaluate, ROOT/CLASS/IMAGE.jpg; classes in sorted order")
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--recipe", default=DEFAULT_RECIPE, help=f"name in configs/_base_/recipes or path (default: {DEFAULT_RECIPE})")
     add("--w-bits", type=int, help=f"weight bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
     add("--a-bits", type=int, help=f"activation bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
-    add("--cfg-options", nargs="+", action=DictAction, help="key=value pairs merged into the recipe")
+    add("--cfg-options", nargs="+", action=KeyValues, help="key=value pairs merged into the recipe")
     add("--num-calib", type=int, default=32, help="calibration images (default: 32)")
     add("--batch-size", type=int, default=64, help="evaluated images that run together (default: 64)")
     add("--workers", type=int, default=2, help="processes that read evaluated images (default: 2)")
@@ -95,6 +95,7 @@ def read_quant(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BadInputError: unknown recipe, bits out of range, or an option that does not fit.
     """
+    refuse_keys_under(args.cfg_options, "model.quant.", "quant.")
     cfg = read_recipe(args.recipe)
     for key in ("w_bits", "a_bits"):
         if getattr(args, key) is not None:
@@ -119,6 +120,8 @@ class ClassificationRun:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work_dir = args, args.work_dir
         choose_device(args.device)
+        check_seed(args.seed)
+        check_work_dir(args.work_dir)
         for key in ("batch_size", "workers"):
             least = int(key == "batch_size")
             if getattr(args, key) < least:
@@ -216,6 +219,7 @@ class ClassificationRun:
         metrics = None if self.args.no_eval else self._measure("quantized model")
         metrics = {"float": float_metrics, "quantized": metrics}
         write_report(self.work_dir, self._report(report, metrics, seconds), time.perf_counter() - start)
+        self.states.finish()
 
     def _measure(self, title: str) -> dict[str, float]:
         return evaluate(self.model, self.evaluated, self.args.batch_size, self.args.workers, title)

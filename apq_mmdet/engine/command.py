@@ -9,11 +9,12 @@ from typing import Any
 
 import mmengine.device.utils
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.engine.options import KeyValues, check_memory_budget, check_seed, check_work_dir, refuse_keys_under
 from apq_mmdet.engine.quantized_config import quantized_config, read_config, with_ptq_loop
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
@@ -27,7 +28,7 @@ LAUNCHER_VARIABLES = {
 }
 LAUNCHER_COMMANDS = {"pytorch": "torchrun", "slurm": "srun", "mpi": "mpirun"}
 # what building a model or a work dir raises where the config is wrong or a package that it needs is missing
-CANNOT_BE_BUILT = (TypeError, KeyError, AssertionError, RuntimeError, ImportError, FileExistsError, NotADirectoryError)
+CANNOT_BE_BUILT = (TypeError, ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError)
 
 EPILOG = """
 examples:
@@ -42,7 +43,7 @@ examples:
   what a run would do, how long at most and with how much memory, without doing it:
     ... --dry-run
   afterwards, with mmdet's own unmodified tool:
-    python <mmdet>/tools/test.py DIR/config.py DIR/quantized.pth
+    python <mmdet>/.mim/tools/test.py DIR/config.py DIR/quantized.pth
 
 exit codes: 0 success, 2 bad input found before work, 1 failure in it
 """
@@ -60,13 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("config", help="config of the float detector (or one that inherits a recipe)")
     add("checkpoint", help="its float checkpoint")
     add("--work-dir", required=True, help="folder for quantized.pth, config.py and report.json")
-    add("--recipe", help="name in configs/_base_/recipes or path (default: the config's own, or apq_plus)")
+    add(
+        "--recipe",
+        help="name in configs/_base_/recipes or path (default: the config's own, or apq_plus); bits, scope "
+        "and overrides of a config that is quantized already stay",
+    )
     add("--w-bits", type=int, help=f"weight bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
     add("--a-bits", type=int, help=f"activation bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
     add("--scope", choices=SCOPES, help="what is quantized (default: the recipe's, backbone)")
     add("--num-calib", type=int, default=32, help="calibration images (default: 32)")
     add("--calib-dir", help="folder of calibration images (default: images of the config's training set)")
-    add("--cfg-options", nargs="+", action=DictAction, help="key=value pairs merged into the config")
+    add("--cfg-options", nargs="+", action=KeyValues, help="key=value pairs merged into the config")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--seed", type=int, default=0, help="chooses the calibration images (default: 0)")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="job launcher")
@@ -97,8 +102,10 @@ def build_config(args: argparse.Namespace) -> Config:
     for key in ("w_bits", "a_bits"):
         if getattr(args, key) is not None:
             settings[key] = check_bits(getattr(args, key), "--" + key.replace("_", "-"))
-    if args.memory_budget <= 0:
-        raise BadInputError(f"--memory-budget must be above 0, got {args.memory_budget:g}")
+    memory_budget = check_memory_budget(args.memory_budget)
+    check_seed(args.seed)
+    check_work_dir(args.work_dir)
+    refuse_keys_under(args.cfg_options, "quant.", "model.quant.")
     if args.scope:
         settings["scope"] = args.scope
     cfg = quantized_config(read_config(args.config), args.recipe, settings)
@@ -107,6 +114,9 @@ def build_config(args: argparse.Namespace) -> Config:
             cfg.merge_from_dict(args.cfg_options, allow_list_keys=True)
         except (KeyError, TypeError, AssertionError) as error:
             raise BadInputError(f"--cfg-options: {error}") from error
+    for key in ("test_dataloader", "test_evaluator"):
+        if not cfg.get(key):
+            raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher
     cfg.load_from, cfg.resume = None, False
@@ -120,7 +130,7 @@ def build_config(args: argparse.Namespace) -> Config:
         evaluate=not args.no_eval,
         eval_float=args.eval_float,
         resume=args.resume,
-        memory_budget=int(args.memory_budget * 2**30),
+        memory_budget=memory_budget,
         dry_run=args.dry_run,
         allow_overlap=args.allow_overlap,
     )
@@ -187,6 +197,8 @@ def build_runner(cfg: Config) -> Runner:
     """
     try:
         return Runner.from_cfg(cfg)
+    except BadInputError:
+        raise
     except CANNOT_BE_BUILT as error:
         raise BadInputError(f"the config cannot be built: {type(error).__name__}: {error}") from error
 

@@ -1,7 +1,7 @@
 """A detector in memory: quantize it, and save it for mmdet's own tools."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,21 @@ def quantize_detector(
         settings: keys of ``quant`` that replace the recipe's: ``w_bits``, ``a_bits``, ``scope``, ``overrides``.
 
     Raises:
-        BadInputError: the model has no config or is quantized already; unknown recipe or setting; heads that no
-            task runs in scope 'detector'.
-        CalibrationError: no images, a quantizer that saw no data, a zero or non-finite gradient.
+        BadInputError: the model has no config or is quantized already; no images or none of that form; unknown recipe
+            or setting; heads that no task runs in scope 'detector'. The model is as it was.
+        CalibrationError: a quantizer that saw no data, a zero or non-finite gradient; the model is of no use then.
     """
     if not hasattr(model, "cfg"):
         raise BadInputError(f"{type(model).__name__} has no 'cfg': take a model of mmdet.apis.init_detector")
     if hasattr(model, "quantization_table"):
         raise BadInputError(f"{type(model).__name__} is quantized already; start from a float config and checkpoint")
+    if not len(images):
+        raise BadInputError("there are no calibration images")
+    if not (isinstance(images[0], Mapping) and {"inputs", "data_samples"} <= set(images[0])):
+        raise BadInputError(
+            f"calibration images have to be packed samples of the test pipeline, dict(inputs=..., data_samples=...); "
+            f"the first one is a {type(images[0]).__name__}"
+        )
     cfg = quantized_config(model.cfg, recipe, settings)
     parsed = Recipe.from_dict(cfg.model.quant)
     task = detection_task(model, parsed.policy.scope)
@@ -59,8 +66,11 @@ def save_detector(model: BaseDetector, folder: str | Path) -> None:
     """Write ``quantized.pth`` and ``config.py`` of a detector that ``quantize_detector`` quantized.
 
     Raises:
+        BadInputError: the model is not quantized.
         CheckpointError: a quantizer is not calibrated.
     """
+    if not hasattr(model, "quantization_table"):
+        raise BadInputError(f"{type(model).__name__} is a float model: quantize it first, with quantize_detector")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset_meta = json.loads(json.dumps(model.dataset_meta, default=list))  # plain containers

@@ -19,7 +19,7 @@ from apq_mmdet.datasets.calibration import (
     calibration_from_folder,
     test_pipeline,
 )
-from apq_mmdet.engine.block_states import BlockStatesOnDisk, refuse_other_run
+from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
 from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
 from apq_mmdet.engine.plan import make_plan, render_plan
 from apq_mmdet.engine.quantized_config import standalone_config
@@ -85,8 +85,8 @@ class PTQLoop(TestLoop):
             conditions = {**self.run_description, **self._describe_conditions()}
             if not dry_run:
                 self.states = BlockStatesOnDisk(self.work_dir / STATES, conditions, resume)
-            elif resume:
-                refuse_other_run(self.work_dir / STATES, conditions)
+            else:
+                check_folder(self.work_dir / STATES, conditions, resume)
         barrier()  # the folder is clean
         if not dry_run:  # the nodes need not share it
             (self.work_dir / STATES).mkdir(parents=True, exist_ok=True)
@@ -171,6 +171,7 @@ class PTQLoop(TestLoop):
                 self._report(report, table, float_metrics, metrics, calibration_seconds),
                 time.perf_counter() - start,
             )
+            self.states.finish()
         return metrics or {}
 
     def _calibrate(self) -> CalibrationReport:

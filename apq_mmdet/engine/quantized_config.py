@@ -13,6 +13,7 @@ from apq_mmdet.registry import MODELS, SCOPE
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
+KEPT = ("w_bits", "a_bits", "scope", "overrides")  # keys of a config's own quant that say nothing about the method
 # all twelve COCO numbers; mmdet's CocoMetric gives six by default
 COCO_ITEMS = [
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
@@ -59,20 +60,22 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
 
     Args:
         cfg: any mmdet config; a ``quant`` in its model or backbone is the recipe, unless another is named.
-        recipe: name or path; None for the config's own, or the default one.
+        recipe: name or path; None for the config's own, or the default one. Bits, scope and overrides of the config's
+            own stay.
         settings: keys of ``quant`` that override the recipe's (bits, scope).
 
     Raises:
-        BadInputError: unknown recipe or detector type.
+        BadInputError: unknown recipe or detector type, no model.
     """
     cfg = copy.deepcopy(cfg)
-    if "model" not in cfg:
-        raise BadInputError("the config defines no model")
+    if not (isinstance(cfg.get("model"), dict) and cfg.model.get("type")):
+        raise BadInputError("the config defines no model with a type")
     own = _take_quant(cfg)
+    cfg.pop("quant", None)  # of an inherited recipe: the model has it
     quant = own
     if recipe or own is None:
         found = read_recipe(recipe or DEFAULT_RECIPE)
-        quant = found.quant.to_dict()
+        quant = {**found.quant.to_dict(), **{key: own[key] for key in KEPT if key in (own or {})}}
         _import_too(cfg, found.get("custom_imports"))
     name = _class_name(cfg.model.type)
     register_quantized_detectors()  # those of the config's own custom_imports too

@@ -10,6 +10,7 @@ from types import FrameType
 import torch
 
 from apq_mmdet.engine.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
+from apq_mmdet.engine.options import check_memory_budget, check_seed
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.reproduction.reproduce import StoppedError, reproduce
 from apq_mmdet.reproduction.rows import INDEX, select
@@ -72,8 +73,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
         processes = torch.cuda.device_count() if args.nproc_per_node is None else args.nproc_per_node
         if processes < 1:
             raise BadInputError(f"--nproc-per-node must be at least 1, got {processes} (torch sees no GPU to count)")
-    if args.memory_budget <= 0:
-        raise BadInputError(f"--memory-budget must be above 0, got {args.memory_budget:g}")
+    check_memory_budget(args.memory_budget)
+    for seed in args.seeds:
+        check_seed(seed, "--seeds")
     return Settings(
         data_root=args.data_root.resolve(),
         checkpoints=args.checkpoints.resolve(),

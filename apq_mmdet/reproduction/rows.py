@@ -102,7 +102,8 @@ def select(
         refuse_unknown([float_name], list(models), f"'Float model' of {name}")
         detector = detectors.setdefault(float_name, _detector(models[float_name], index))
         if float_name != name:
-            rows += [_row(models[name], index, detector, num, seed) for num in num_calib for seed in seeds]
+            pairs = dict.fromkeys((num, seed) for num in num_calib for seed in seeds)  # each once
+            rows += [_row(models[name], index, detector, num, seed) for num, seed in pairs]
     return Selection(list(detectors.values()), rows)
 
 

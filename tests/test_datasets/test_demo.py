@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 from apq_mmdet.datasets import CLASSES, demo_image, write_demo_set
 from apq_mmdet.datasets.scene import LONG_SIDE, MIN_AREA, SHORT_SIDE
+from apq_mmdet.errors import BadInputError
 
 NUM_TRAIN, NUM_VAL = 4, 40
 
@@ -50,17 +51,18 @@ def test_complete_set_is_left_alone_and_another_is_replaced(tmp_path: Path) -> N
     before = (out / "train/000000.jpg").stat().st_mtime_ns
     assert not write_demo_set(out, seed=0, num_train=1, num_val=1)
     assert (out / "train/000000.jpg").stat().st_mtime_ns == before
-    (out / "demo.json").unlink()  # as an interrupted copy would look
     assert write_demo_set(out, seed=0, num_train=2, num_val=1)
     assert len(list((out / "train").iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
 def test_foreign_folder_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(FileExistsError):
+    """Neither a thesis nor COCO, whose folder looks much like that of a demo set."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text("irreplaceable")
+    with pytest.raises(BadInputError, match="something other than a demo set"):
         write_demo_set(tmp_path, seed=0, num_train=1, num_val=1)
-    assert (tmp_path / "thesis.txt").exists()
+    assert (tmp_path / "annotations/instances_train2017.json").exists()
 
 
 def test_images_have_the_stated_sizes(demo_set: Path, val: COCO) -> None:

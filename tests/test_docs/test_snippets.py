@@ -16,7 +16,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from apq_mmdet.datasets import write_demo_set
-from apq_mmdet.engine import quantize_detector
+from apq_mmdet.engine import quantize_detector, save_detector
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import safe_load
 from apq_mmdet.layers import quantize_model, quantized_layers
@@ -228,6 +228,12 @@ def test_refusals():
     model = build_swin()
     with pytest.raises(BadInputError, match="has no 'cfg': take a model of"):
         quantize_detector(model, [torch.randn(1, 3, 41, 50)])
-    model.cfg, model.quantization_table = Config(), []
+    with pytest.raises(BadInputError, match="is a float model: quantize it first"):
+        save_detector(model, "nowhere")
+    model.cfg = Config()
+    for images, message in (([], "no calibration images"), (["x.jpg"], "packed samples .* the first one is a str")):
+        with pytest.raises(BadInputError, match=message):
+            quantize_detector(model, images)
+    model.quantization_table = []
     with pytest.raises(BadInputError, match="is quantized already; start from a float config"):
         quantize_detector(model, [torch.randn(1, 3, 41, 50)])

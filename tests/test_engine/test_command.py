@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_what_a_run_leaves(result):
 
 def test_weights_take_half_a_byte(result):
     content = torch.load(result / "quantized.pth", weights_only=True)
-    assert content["meta"]["apq_mmdet"]["format_version"] == 1
+    assert content["meta"]["apq_mmdet"]["format_version"] == 2
     assert len(content["meta"]["dataset_meta"]["classes"]) == 8
     key = "backbone.stages.3.blocks.0.ffn.layers.0.0"
     assert f"{key}.weight" not in content["state_dict"]
@@ -191,7 +192,11 @@ def test_quantizing_twice_is_refused(result, config, tmp_path, capsys):
         (["--num-calib", "99"], "99 calibration images asked for, the training set holds 8"),
         (["--calib-dir", "nowhere"], "calibration folder nowhere does not exist"),
         (["--device", "tpu"], "--device must be"),
-        (["--memory-budget", "0"], "--memory-budget must be above 0, got 0"),
+        (["--memory-budget", "0"], "--memory-budget must be a number of GiB above 0, got 0"),
+        (["--memory-budget", "nan"], "--memory-budget must be a number of GiB above 0, got nan"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--cfg-options", "quant.w_bits=4"], "quant.w_bits would change nothing here: write model.quant.w_bits"),
+        (["--cfg-options", "test_dataloader=None"], "the config has no test_dataloader"),
         (["--launcher", "pytorch"], "RANK is not set; start the command with torchrun"),
         (["--launcher", "slurm"], "SLURM_PROCID is not set; start the command with srun"),
         (["--launcher", "mpi"], "OMPI_COMM_WORLD_RANK is not set; start the command with mpirun"),
@@ -218,8 +223,44 @@ def test_missing_files(config, tmp_path, capsys, which):
 
 def test_work_dir_that_is_a_file(config, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert quantize(config, tmp_path / "file") == 2
-    assert "cannot be built" in capsys.readouterr().err
+    for folder in ("file", "file/below"):
+        assert quantize(config, tmp_path / folder) == 2
+        assert re.search(r"--work-dir .*: .*file is a file", capsys.readouterr().err)
+
+
+def test_a_work_dir_whose_folder_for_blocks_holds_the_images(config, data, tmp_path, capsys):
+    """They were deleted once."""
+    images = shutil.copytree(data / "train", tmp_path / "calibration")
+    before = sorted(images.iterdir())
+    assert quantize(config, tmp_path, "--calib-dir", images, "--no-eval") == 2
+    assert "use another --work-dir" in capsys.readouterr().err
+    assert sorted(images.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["noequals", "a=1 noequals"])
+def test_options_without_a_value(config, tmp_path, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        quantize(config, tmp_path, "--cfg-options", *option.split())
+    assert "--cfg-options: expected key=value, got 'noequals'" in capsys.readouterr().err
+
+
+def test_another_recipe_keeps_bits_scope_and_overrides_of_the_config():
+    cfg = Config.fromfile(ROOT / "configs/demo/mask-rcnn_swin-demo.py")
+    mine = dict(mine=dict(pattern="*.fc_cls", float=True))
+    cfg.model.quant = {**load_recipe("minmax"), "w_bits": 4, "a_bits": 6, "scope": "detector", "overrides": mine}
+    cfg.quant = load_recipe("minmax")
+    made = quantized_config(cfg, "apq", dict(a_bits=3))
+    assert "quant" not in made  # two of them could be taken for each other
+    kept = [made.model.quant[key] for key in ("recipe", "w_bits", "a_bits", "scope", "overrides")]
+    assert kept == ["apq", 4, 3, "detector", mine]
+
+
+def test_classes_that_the_annotations_do_not_have(config, tmp_path, capsys):
+    path = tmp_path / "other.py"
+    classes = "dict(dataset=dict(metainfo=dict(classes=('unicorn',))))"
+    path.write_text(f"_base_ = '{config}'\ntrain_dataloader = {classes}\n")
+    assert quantize(path, tmp_path / "w", "--no-eval") == 2
+    assert "do the classes of its metainfo stand in its annotations?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["quant = dict(", "quant = 3"])

@@ -1,0 +1,59 @@
+"""Checks of what several commands take as options."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import DictAction
+
+from apq_mmdet.errors import BadInputError
+
+MOST_SEED = 2**32 - 1  # what numpy takes
+
+
+def check_seed(seed: int, option: str = "--seed") -> int:
+    """``seed``, or BadInputError where random generators do not take it."""
+    if not 0 <= seed <= MOST_SEED:
+        raise BadInputError(f"{option} must be from 0 to {MOST_SEED}, got {seed}")
+    return seed
+
+
+def check_memory_budget(gib: float) -> int:
+    """``--memory-budget`` in bytes, or BadInputError."""
+    if not 0 < gib < math.inf:
+        raise BadInputError(f"--memory-budget must be a number of GiB above 0, got {gib:g}")
+    return int(gib * 2**30)
+
+
+def check_work_dir(folder: str | Path) -> None:
+    """Raise BadInputError where ``folder`` cannot be made, because a file stands in its way."""
+    folder = Path(folder)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise BadInputError(f"--work-dir {folder}: {there} is a file")
+
+
+def refuse_keys_under(options: dict[str, Any] | None, wrong: str, right: str) -> None:
+    """Raise BadInputError for a ``--cfg-options`` key that would change nothing.
+
+    Args:
+        wrong: beginning of such keys.
+        right: what they have to begin with instead.
+    """
+    for key in options or {}:
+        if key.startswith(wrong):
+            raise BadInputError(
+                f"--cfg-options {key} would change nothing here: write {right}{key.removeprefix(wrong)}"
+            )
+
+
+class KeyValues(DictAction):
+    """``key=value`` pairs of the command line, as mmengine reads them; anything else is a usage error."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        """See argparse.Action."""
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option}: expected key=value, got {value!r}")
+        super().__call__(parser, namespace, values, option)

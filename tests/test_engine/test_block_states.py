@@ -1,0 +1,62 @@
+"""The folder of finished blocks: nothing in it is lost that its owner wants to keep."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
+from apq_mmdet.errors import BadInputError
+
+RUN = {"seed": 0, "bits": 4}
+
+
+def with_a_block(folder: Path, run: dict = RUN) -> BlockStatesOnDisk:
+    states = BlockStatesOnDisk(folder, run, resume=False)
+    states.save("stages.0", {"seconds": 1.0})
+    return states
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, resume):
+    (tmp_path / "000001.jpg").touch()
+    with pytest.raises(BadInputError, match=r"holds 000001\.jpg, which is no block of a calibration.*--work-dir"):
+        BlockStatesOnDisk(tmp_path, RUN, resume)
+    assert names(tmp_path) == {"000001.jpg"}
+
+
+def test_a_file_in_its_place_is_refused(tmp_path):
+    (tmp_path / "calibration").touch()
+    with pytest.raises(BadInputError, match="calibration is a file"):
+        BlockStatesOnDisk(tmp_path / "calibration", RUN, resume=False)
+
+
+def test_blocks_of_an_unfinished_run_are_not_thrown_away_by_its_own_command(tmp_path):
+    with_a_block(tmp_path)
+    for check in (check_folder, BlockStatesOnDisk):
+        with pytest.raises(BadInputError, match="holds 1 finished blocks of this very run: go on with --resume"):
+            check(tmp_path, RUN, False)
+    assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
+
+
+def test_a_finished_run_can_be_repeated_and_resumed(tmp_path):
+    with_a_block(tmp_path).finish()
+    assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
+    assert BlockStatesOnDisk(tmp_path, RUN, resume=False).load("stages.0") is None
+    assert names(tmp_path) == {"run.json"}
+
+
+def test_another_run_starts_anew_and_deletes_only_what_is_its_own(tmp_path):
+    with_a_block(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "apq_capture_killed").mkdir()
+    other = {**RUN, "seed": 1}
+    with pytest.raises(BadInputError, match="belongs to another run, it differs in seed"):
+        BlockStatesOnDisk(tmp_path, other, resume=True)
+    BlockStatesOnDisk(tmp_path, other, resume=False)
+    assert names(tmp_path) == {"run.json", "notes.txt"}
+    assert json.loads((tmp_path / "run.json").read_text()) == other
