@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from torch import nn
 
 from apq_mmdet.errors import BadInputError
@@ -139,17 +140,19 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
     _refuse_divided_twice({name: modules[name] for name in targets})
     if not any(row.bits for row in table):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
-    _follow_devices(model)
-    install_state_hooks(model)
+    device = _follow_devices(model)
+    install_state_hooks(model, device)
     model.quantization_table = table
     return table
 
 
-def _follow_devices(model: nn.Module) -> None:
-    """Put quantizers where their layers are; products, which have no parameters, are where the model begins."""
-    beginning = next(model.parameters())
+def _follow_devices(model: nn.Module) -> torch.device:
+    """Put quantizers where their layers are, those of products, which have no parameters, where the model begins."""
+    beginning = next(model.parameters(), torch.empty(0)).device
     for _, layer in quantized_layers(model):
-        layer.quantizers.to(next(layer.parameters(), beginning).device)
+        parameter = next(layer.parameters(), None)
+        layer.quantizers.to(beginning if parameter is None else parameter.device)
+    return beginning
 
 
 def _refuse_divided_twice(layers: dict[str, nn.Module]) -> None:

@@ -68,9 +68,8 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in state.items()}
 
 
-def install_state_hooks(model: nn.Module) -> None:
-    """Let ``model`` load float checkpoints as before, and quantized ones completely or not at all."""
-    device = next(model.parameters()).device
+def install_state_hooks(model: nn.Module, device: torch.device) -> None:
+    """Let ``model``, which begins on ``device``, load float checkpoints as before, and quantized ones all or not."""
     model.register_buffer(VERSION_KEY, torch.tensor(FORMAT_VERSION, device=device))
     # the public name of this method is younger than the oldest torch that is supported
     model._register_load_state_dict_pre_hook(_before_load, with_module=True)
