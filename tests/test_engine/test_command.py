@@ -18,7 +18,18 @@ from apq_mmdet.engine import command
 from apq_mmdet.engine.quantized_config import COCO_ITEMS, load_recipe, quantized_config
 
 TEST_TOOL = Path(mmdet.__file__).parent / ".mim" / "tools" / "test.py"
-QUICK = ["--recipe", "apq_fast", "--w-bits", "4", "--a-bits", "4", "--num-calib", "2", "--device", "cpu"]
+QUICK = [
+    "--recipe",
+    str(Path(__file__).with_name("quick.py")),
+    "--w-bits",
+    "4",
+    "--a-bits",
+    "4",
+    "--num-calib",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def quantize(config, work_dir, *options):

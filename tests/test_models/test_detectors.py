@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import ROOT, recipe
+from helpers import ROOT, recipe, short_grids
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -90,7 +90,7 @@ def test_backbone_alone_in_a_float_detector():
 
 @pytest.mark.parametrize("name", ["mask-rcnn", "cascade-mask-rcnn"])
 def test_calibration_reaches_every_layer_of_the_whole_detector(name):
-    settings = recipe("apq_fast", scope="detector", search=dict(shortlist=2))
+    settings = recipe("apq_fast", scope="detector", search=dict(grids=short_grids(3), shortlist=2))
     model = build(demo(name, scope="detector", w_bits=4, a_bits=4))
     report = calibrate(model, [sample()], settings, detection_task(model))
     searched = {f"{b.block}.{f}" for b in report.blocks for f in b.factors}
@@ -129,7 +129,7 @@ def test_box_only_detectors():
     two_stage.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
     two_stage.model.update(type="apq_mmdet.FasterRCNN", quant={**quant, "scope": "detector"})
     model = build(two_stage)
-    settings = recipe("apq_fast", scope="detector", search=dict(shortlist=1))
+    settings = recipe("apq_fast", scope="detector", search=dict(grids=short_grids(2), shortlist=1))
     calibrate(model, [sample()], settings, detection_task(model))
     data = sample()
     result = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0]
@@ -145,6 +145,6 @@ def test_retinanet_swin(tmp_path):
     cfg = Config.fromfile(tmp_path / "mine.py")
     cfg.model.quant.update(scope="detector", w_bits=4, a_bits=4)
     model = build(cfg)
-    settings = recipe("apq_fast", scope="detector", search=dict(shortlist=1))
+    settings = recipe("apq_fast", scope="detector", search=dict(grids=short_grids(2), shortlist=1))
     report = calibrate(model, [sample()], settings, detection_task(model))
     assert report.blocks[-1].block == "bbox_head"
