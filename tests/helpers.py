@@ -1,12 +1,14 @@
 """Small models and recipes that the tests share."""
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmdet.models.backbones import SwinTransformer
 from torch import distributed, nn
+from torch.multiprocessing import start_processes
 
 from apq_mmdet import models  # noqa: F401  (registers mmdet's layers)
 from apq_mmdet.calibration import Recipe
@@ -55,3 +57,12 @@ def process_group(rank: int, processes: int, port: int) -> Iterator[None]:
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
     yield
     distributed.destroy_process_group()
+
+
+def in_processes(work: Callable[..., None], processes: int, *args: object) -> None:
+    """Run ``work(rank, processes, *args)`` in so many processes at once; an exception in one is raised here.
+
+    They are forked from a process that has imported everything, once for all tests, and has done nothing else.
+    """
+    multiprocessing.set_forkserver_preload(["apq_mmdet.models"])
+    start_processes(work, (processes, *args), nprocs=processes, start_method="forkserver")

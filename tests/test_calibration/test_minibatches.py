@@ -1,6 +1,5 @@
 import torch
-import torch.multiprocessing as mp
-from helpers import process_group
+from helpers import in_processes, process_group
 from torch.utils._pytree import tree_leaves
 
 from apq_mmdet.calibration.minibatches import CALLS, Minibatches
@@ -76,7 +75,7 @@ def work(rank: int, processes: int, port: int, folder: str) -> None:
 
 
 def test_all_processes_draw_what_one_does(tmp_path, free_port):
-    mp.spawn(work, (3, free_port, str(tmp_path)), nprocs=3)
+    in_processes(work, 3, free_port, str(tmp_path))
     draw = minibatches(marked([30, 50, 20]), 8)
     alone = [draw.draw()[0].tensors() for _ in range(5)]
     for rank in range(3):

@@ -3,8 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import build_swin, process_group, recipe
+from helpers import build_swin, in_processes, process_group, recipe
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
@@ -23,6 +22,7 @@ from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quant
 from apq_mmdet.quantizers import AffineQuantizer, QuantizerMode, quantizer_mode
 
 QUICK = ReconstructionConfig(iterations=150, batch=16, rounding_lr=0.02, step_lr=0.003)
+SHORT = replace(QUICK, iterations=60)
 
 
 def observed(block, inputs):
@@ -389,7 +389,7 @@ def work(rank: int, processes: int, port: int, folder: str) -> None:
         return view, in_shards_of_their_own(chosen)
 
     with process_group(rank, processes, port):
-        torch.save(state_after(QUICK, 0, own), f"{folder}/{rank}.pth")
+        torch.save(state_after(SHORT, 0, own), f"{folder}/{rank}.pth")
 
 
 def test_several_processes_end_as_one(tmp_path, free_port):
@@ -397,8 +397,8 @@ def test_several_processes_end_as_one(tmp_path, free_port):
         view, calls = swin_block()
         return view, in_shards_of_their_own(calls)
 
-    mp.spawn(work, (3, free_port, str(tmp_path)), nprocs=3)
-    alone, state = state_after(QUICK, 0, all_calls)
+    in_processes(work, 3, free_port, str(tmp_path))
+    alone, state = state_after(SHORT, 0, all_calls)
     assert alone["after"] < 0.8 * alone["before"]
     for rank in range(3):
         done, others = torch.load(tmp_path / f"{rank}.pth", weights_only=True)

@@ -1,7 +1,6 @@
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import build_swin, process_group, recipe
+from helpers import build_swin, in_processes, process_group, recipe
 from mmdet.models.backbones.swin import SwinBlock
 from mmdet.models.layers import PatchMerging
 from torch import nn
@@ -179,7 +178,7 @@ def work(rank, processes, port, folder):
 def test_any_number_of_processes_gives_the_same_bits(tmp_path, free_port):
     want = equalized()
     processes = 4  # one of them has no image
-    mp.spawn(work, (processes, free_port, str(tmp_path)), nprocs=processes)
+    in_processes(work, processes, free_port, str(tmp_path))
     for rank in range(processes):
         got = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
         assert len(got) == len(want)
