@@ -10,7 +10,7 @@ from torch import nn
 from apq_mmdet.calibration import FeatureTask, calibrate
 from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.store import CaptureStore
-from apq_mmdet.errors import BadInputError, CalibrationError, UncalibratedError
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.models.stress import stress
 from apq_mmdet.quantizers.observers import MinMaxObserver, PercentileObserver
@@ -332,74 +332,3 @@ def test_observers_are_for_activations_alone(equalize):
                 rows = layer.weight.view(quantizer.groups, -1)
                 assert torch.equal(low, rows.amin(1))
                 assert torch.equal(high, rows.amax(1))
-
-
-def test_samples_of_different_batch_sizes():
-    """A block's calls are taken apart alike, whatever their batch."""
-    settings = recipe("apq", search=dict(grids=short_grids(2), rounds=1))
-    for sizes in ((1, 2), (2, 1)):
-        model = quantized_swin(settings)
-        report = calibrate(model, [torch.randn(n, 3, 57, 41) for n in sizes], settings)
-        assert report.blocks
-        assert all(quantizer.calibrated for quantizer in quantizers_of(model))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_was_broken_off_does_not_count_as_calibrated(error, monkeypatch):
-    def fail(*_):
-        raise error
-
-    model = quantized_swin(fast())
-    monkeypatch.setattr("apq_mmdet.calibration.search._best_candidate", fail)
-    with pytest.raises(error):
-        calibrate(model, IMAGES, fast())
-    assert not any(quantizer.calibrated for quantizer in quantizers_of(model))
-    with pytest.raises(UncalibratedError):
-        model(IMAGES[0])
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_without_a_range_are_an_error_with_the_name(bad):
-    settings = recipe("minmax")
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    quantize_model(model, settings.policy)
-    with torch.no_grad():
-        model[1].weight[0, 0] = bad
-    with pytest.raises(CalibrationError, match=r"1 \(weight\): NaN or infinite values were observed"):
-        calibrate(model, [torch.randn(2, 4)], settings)
-
-
-def test_the_training_mode_of_each_module_is_what_it_was():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-    model[1].eval()  # frozen
-    quantize_model(model, recipe("minmax").policy)
-    calibrate(model, [torch.randn(2, 4)], recipe("minmax"))
-    assert [module.training for module in model] == [True, False, True]
-
-
-class Unheard(nn.Module):
-    """A block whose second output counts nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.heard, self.unheard = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.heard(x), self.unheard(x)
-
-
-class FirstOutput(FeatureTask):
-    def loss(self, student, teacher, context):
-        return super().loss(student[0], teacher[0], context)
-
-
-@pytest.mark.parametrize("metric", ["module", "block"])
-def test_layers_without_a_say_keep_their_observed_ranges(metric, monkeypatch):
-    """Their errors are zero for every candidate, and the lowest would clip them for nothing."""
-    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Unheard])
-    settings = recipe("apq", search=dict(metric=metric, objective=dict(type="hessian"), grids=short_grids(13)))
-    model = Unheard()
-    quantize_model(model, settings.policy)
-    factors = calibrate(model, [torch.randn(30, 4)], settings, FirstOutput()).blocks[0].factors
-    assert (factors["unheard.weight"], factors["unheard.input"]) == (1.0, 1.0)
-    assert (factors["heard.weight"], factors["heard.input"]) != (1.0, 1.0)

@@ -374,31 +374,23 @@ def test_settings_are_taken():
     assert config.iterations == ReconstructionConfig().iterations
 
 
-def in_shards_of_their_own(calls):
-    """The same calls of images of different shards, which processes do not share."""
-    return as_calls([replace(call, image=SHARD * call.image) for call in calls])
+def spread_block(mine=lambda image: True):
+    """A block with the calls of some images, which are of different shards: processes do not share those."""
+    view, calls = swin_block()
+    return view, as_calls([replace(call, image=SHARD * call.image) for call in calls if mine(call.image)])
 
 
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     """One of several processes; each has calls of its own, the last one has none."""
     torch.set_num_threads(1)
-
-    def own():
-        view, calls = swin_block()
-        chosen = [call for call in calls if rank < processes - 1 and call.image % (processes - 1) == rank]
-        return view, in_shards_of_their_own(chosen)
-
+    own = range(rank, 99, processes - 1) if rank < processes - 1 else range(0)
     with process_group(rank, processes, port):
-        torch.save(state_after(SHORT, 0, own), f"{folder}/{rank}.pth")
+        torch.save(state_after(SHORT, 0, lambda: spread_block(own.__contains__)), f"{folder}/{rank}.pth")
 
 
 def test_several_processes_end_as_one(tmp_path, free_port):
-    def all_calls():
-        view, calls = swin_block()
-        return view, in_shards_of_their_own(calls)
-
     in_processes(work, 3, free_port, str(tmp_path))
-    alone, state = state_after(SHORT, 0, all_calls)
+    alone, state = state_after(SHORT, 0, spread_block)
     assert alone["after"] < 0.8 * alone["before"]
     for rank in range(3):
         done, others = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
