@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+from apq_mmdet.datasets.demo import STAMP
 from apq_mmdet.files import known_globals, safe_load, tensor_bytes, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train stage after stage, then export."""
     args = parse_args()
-    if not (ROOT / "data/demo/demo.json").is_file():
+    if not (ROOT / "data/demo" / STAMP).is_file():
         sys.exit("data/demo holds no demo set: draw it with python tools/make_demo_data.py")
     before: Path | None = None
     for name in STAGES[args.detector]:

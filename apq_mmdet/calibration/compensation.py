@@ -15,7 +15,6 @@ All but the last need two K x K matrices only, however many tokens there are.
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import SHARD, by_shard, gather
-from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, batches, rows_of
+from apq_mmdet.calibration.distributed import by_shard, gather
+from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.policy import refuse_unknown
@@ -185,8 +184,7 @@ def _moments(module: nn.Module, reference: nn.Module, name: str, calls: UnitCall
         total = _total(part for tile in tiles for part in _tokens(module, reference, name, tile, weighted))
         return None if total is None else _to(total, "cpu")
 
-    shards = groupby(batches(calls), key=lambda batch: batch.calls[0].image // SHARD)
-    total = _total(by_shard((shard, of_shard(group)) for shard, group in shards))
+    total = _total(by_shard((shard, of_shard(group)) for shard, group in shards(calls)))
     return _to(total, module.get_submodule(name).weight.device)
 
 

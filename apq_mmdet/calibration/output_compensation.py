@@ -7,14 +7,13 @@ x_q for y, and has no ridge.
 """
 
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import SHARD, by_shard
-from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, batches, rows_of
+from apq_mmdet.calibration.distributed import by_shard
+from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import quantizers_of
 from apq_mmdet.layers.output_compensation import NAME, OutputCompensation
@@ -45,8 +44,7 @@ def fit_output_compensation(block: nn.Module, module: nn.Module, calls: UnitCall
         return sum(_sums(module, tile) for batch in group for _, _, tile in batch.tiles()).cpu()
 
     with quantizer_mode(quantizers_of(block), QuantizerMode.QUANTIZE):
-        shards = groupby(batches(calls), key=lambda batch: batch.calls[0].image // SHARD)
-        total = sum(by_shard((shard, of_shard(group)) for shard, group in shards))
+        total = sum(by_shard((shard, of_shard(group)) for shard, group in shards(calls)))
     gram, mixed = total.split([len(compensation.weight) + 1, len(compensation.weight)])
     if not (gram.isfinite().all() and mixed.isfinite().all()):
         raise CalibrationError("output compensation: a block's inputs or outputs are NaN or infinite")

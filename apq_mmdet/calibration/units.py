@@ -7,6 +7,7 @@ the first units alone tell most of the bad candidates.
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -292,6 +293,11 @@ def batches(calls: Iterable[UnitCall]) -> Iterator[Batch]:
             group.clear()
         group.append(call)
     yield from map(_stack, groups.values())
+
+
+def shards(calls: Iterable[UnitCall]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    """The number of each shard and its ``batches``, for ``by_shard``."""
+    return groupby(batches(calls), key=lambda batch: batch.calls[0].image // SHARD)
 
 
 def _stack(calls: list[UnitCall]) -> Batch:

@@ -54,9 +54,7 @@ def quantize_detector(
     parsed = Recipe.from_dict(cfg.model.quant)
     task = detection_task(model, parsed.policy.scope)
     disable_activation_checkpointing(model)
-    device = next(model.parameters()).device
     quantize_model(model, parsed.policy)
-    model.to(device)  # the new buffers too
     report = calibrate(model, images, parsed, task, seed=seed)
     model.cfg = standalone_config(cfg, report.left_float)
     return report

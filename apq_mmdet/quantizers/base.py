@@ -112,9 +112,10 @@ class Quantizer(nn.Module, ABC):
         Raises:
             CalibrationError: nothing was observed, or NaN or infinity.
         """
-        if self.observed is None:
+        seen = self.observed
+        if seen is None:
             raise CalibrationError("no data was observed")
-        low, high = self.observed
+        low, high = seen
         if not bool((low.isfinite() & high.isfinite()).all()):
             raise CalibrationError("NaN or infinite values were observed")
         self.set_parameters(*self.parameters_for(low, high, factor, variant))
