@@ -32,6 +32,13 @@ def check_bits(bits: Any, where: str) -> int:
     return bits
 
 
+def check_bool(value: Any, where: str) -> bool:
+    """Return ``value`` if it is True or False, else raise BadInputError."""
+    if not isinstance(value, bool):
+        raise BadInputError(f"{where}: expected True or False, got {value!r}")
+    return value
+
+
 def check_pattern(pattern: Any, where: str) -> str:
     """Return a glob, or a regular expression after ``re:``, if it is one, else raise BadInputError."""
     if not isinstance(pattern, str):
@@ -112,7 +119,8 @@ class Rule:
                 given = rule[role]
                 roles[role] = None if given is None else _spec_fields(given, where, role)
         pattern = check_pattern(rule.get("pattern", "*"), f"{where}.pattern")
-        return cls(pattern, kind, bool(rule.get("float", False)), bits, most_bits, roles)
+        leave_float = check_bool(rule.get("float", False), f"{where}.float")
+        return cls(pattern, kind, leave_float, bits, most_bits, roles)
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of a layer of this full name and kind."""
@@ -131,6 +139,8 @@ def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:
         check_bits(given["bits"], where)
     if "format" in given:
         refuse_unknown([given["format"]], sorted(QUANTIZERS.module_dict), f"{where}.format")
+    if "symmetric" in given:
+        check_bool(given["symmetric"], f"{where}.symmetric")
     return given
 
 
@@ -173,10 +183,7 @@ class Policy:
             if not hasattr(rules, "items"):
                 raise BadInputError(f"{where}.{key}: expected dict(name=dict(pattern=..., ...)), got {rules!r}")
             policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
-        if not isinstance(policy.get("output_compensation", False), bool):
-            raise BadInputError(
-                f"{where}.output_compensation: expected True or False, got {policy['output_compensation']!r}"
-            )
+        check_bool(policy.get("output_compensation", False), f"{where}.output_compensation")
         return cls(**policy)
 
     def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], str]:

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,16 @@ def differences(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
 def other_options(rows: Sequence[Row]) -> str:
     """Runs with options that are no ablation; empty if there are none."""
     listed = {_comparable(spec) for variants in ABLATIONS.values() for spec in variants.values()}
-    lines = []
+    found: dict[str, list[Row]] = {}  # by all but the seed
     for row in rows:
         spec = Spec.from_row(row)
         if spec.options and _comparable(spec) not in listed:
-            where = f"{spec.detector}, {spec.ground}, {spec.scope}, {spec.bits}, `{spec.recipe}`"
-            lines.append([where, label(spec.options), box_and_mask([row]), *cost([row])])
+            found.setdefault(repr(replace(spec, seed=0)), []).append(row)
+    lines = []
+    for same in found.values():
+        spec = Spec.from_row(same[0])
+        where = f"{spec.detector}, {spec.ground}, {spec.scope}, {spec.bits}, `{spec.recipe}`"
+        lines.append([where, label(spec.options), box_and_mask(same), *cost(same)])
     return markdown(["run", "options", "AP", "calibration", "peak memory"], lines) if lines else ""
 
 

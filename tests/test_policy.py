@@ -19,6 +19,11 @@ from apq_mmdet.policy import Policy
         (dict(formats=dict(r=dict(attention=dict(format="mathew")))), "did you mean 'matthew'"),
         (dict(formats=dict(r=dict(weight=4))), "expected dict"),
         (dict(overrides=dict(r=dict(pattern="re:("))), "no regular expression"),
+        (dict(overrides=dict(r=dict(float="False"))), "overrides.r.float: expected True or False, got 'False'"),
+        (
+            dict(formats=dict(r=dict(weight=dict(symmetric="yes")))),
+            "r.weight.symmetric: expected True or False, got 'yes'",
+        ),
         (
             dict(formats=dict(r=dict(most_bits=9))),
             "formats.r.most_bits: bits must be a whole number from 2 to 8, got 9",

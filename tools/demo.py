@@ -18,10 +18,12 @@ RECIPE = "apq_plus"
 def parse_args() -> argparse.Namespace:
     """Command line of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--detector", choices=("mask-rcnn", "cascade-mask-rcnn"), default="mask-rcnn")
+    parser.add_argument(
+        "--detector", choices=("mask-rcnn", "cascade-mask-rcnn"), default="mask-rcnn", help="default: %(default)s"
+    )
     parser.add_argument("--num-val", type=int, default=100, help="evaluate the first so many images of the val split")
     parser.add_argument("--num-calib", type=int, default=16, help="calibration images, from the train split")
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "demo")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "demo", help="default: work_dirs/demo")
     return parser.parse_args()
 
 

@@ -280,11 +280,11 @@ def _finish_one(
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
     factors = search_block(module, calls, search.for_block(name), progress)
     if recipe.compensation is not None:
-        progress.quantizer("compensation")
+        progress.stage("compensation")
         compensate(module, calls, recipe.compensation)
     for number, stage in enumerate(recipe.reconstruction):
         if worth_reconstructing(module, stage):
-            progress.quantizer("reconstruction")
+            progress.stage("reconstruction")
             reconstruct(module, calls, stage, seed + number, progress.candidates)
     fit_output_compensation(block, module, calls)
     calls.drop()

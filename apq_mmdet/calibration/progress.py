@@ -13,14 +13,20 @@ class Progress(Protocol):
     def quantizer(self, name: str) -> None:
         """The search of a quantizer begins, or is skipped."""
 
+    def stage(self, name: str) -> None:
+        """What follows the search begins: compensation or reconstruction."""
+
     def candidates(self, left: int) -> None:
-        """So many of its candidates are still in the running."""
+        """So many candidates are still in the running, or iterations of a stage left."""
 
 
 class Silent:
     """Progress that nobody sees."""
 
     def quantizer(self, name: str) -> None:
+        """See Progress."""
+
+    def stage(self, name: str) -> None:
         """See Progress."""
 
     def candidates(self, left: int) -> None:
@@ -56,10 +62,18 @@ class SearchBar:
 
     def quantizer(self, name: str) -> None:
         """See Progress."""
+        self._describe(name)
+        self._bar.update()
+
+    def stage(self, name: str) -> None:
+        """See Progress."""
+        self._describe(name)
+        self._bar.set_postfix_str(self._memory)
+
+    def _describe(self, name: str) -> None:
         self._bar.set_description(f"{self._block} {name}", refresh=False)
         peaks = [f"{value / 2**30:.1f} GiB" for value in peak_memory().values() if value is not None]
         self._memory = "peak memory " + " + ".join(peaks)  # of the host, and of the GPU where there is one
-        self._bar.update()
 
     def candidates(self, left: int) -> None:
         """See Progress."""

@@ -49,6 +49,7 @@ class Plan:
         operations: of one float forward of the detector on one image.
         seconds: that this forward took.
         machine: the device and its threads, in words.
+        centered: whether layers take centers off their inputs, which a run of the blocks finds.
         teacher_bytes: outputs of the float detector on one image.
         memory_budget: bytes that calibration may take above the model's own, for each process.
     """
@@ -62,6 +63,7 @@ class Plan:
     operations: int
     seconds: float
     machine: str
+    centered: bool
     teacher_bytes: int
     sizes: Sizes
     memory_budget: int
@@ -82,6 +84,8 @@ class Plan:
         recipe, found = self.recipe, {"float pass": 1}
         if recipe.equalize:
             found["even channels"] = TRANSFORM
+        if self.centered:
+            found["input centers"] = 1
         if recipe.search is not None:
             found["gradients"] = BACKWARD * (2 if recipe.importance == "perturbation" else 1)
             if recipe.search.block_input == "quantized":
@@ -157,6 +161,7 @@ def make_plan(
         operations=count.operations,
         seconds=seconds,
         machine=_machine(model),
+        centered=any(layer.input_centers is not None for _, layer in quantized_layers(model)),
         teacher_bytes=bytes_of(teacher) if searched else 0,
         sizes=weight_sizes(model),
         memory_budget=memory_budget,

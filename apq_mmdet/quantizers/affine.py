@@ -7,24 +7,10 @@ from torch import Tensor
 
 from apq_mmdet.quantizers.base import Quantizer
 from apq_mmdet.quantizers.fused import Fused
+from apq_mmdet.quantizers.straight_through import is_trained, straight_through
 from apq_mmdet.registry import QUANTIZERS
 
 Bound = Tensor | float  # of codes less the zero point: a number on a CPU where all groups have one zero point
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Affine fake quantization whose gradient is 1 inside the range and 0 outside (straight-through estimator)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-        shifted = torch.div(x, scale).round_()
-        ctx.save_for_backward((shifted >= low) & (shifted <= high))
-        return _clip(shifted, low, high).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
 
 
 def _clip(x: Tensor, low: Bound, high: Bound) -> Tensor:
@@ -37,9 +23,11 @@ def _clip(x: Tensor, low: Bound, high: Bound) -> Tensor:
 
 def fake_quantize_affine(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """``clip(round(x / scale), low, high) scale``; its gradient is that of x inside the range and zero outside."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _StraightThrough.apply(x, scale, low, high)
-    return _clip(torch.div(x, scale).round_(), low, high).mul_(scale)
+    shifted = torch.div(x.detach(), scale).round_()
+    if is_trained(x):
+        inside = (shifted >= low) & (shifted <= high)
+        return straight_through(x, _clip(shifted, low, high).mul_(scale), inside)
+    return _clip(shifted, low, high).mul_(scale)
 
 
 @Fused

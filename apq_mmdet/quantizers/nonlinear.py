@@ -1,27 +1,13 @@
 """What formats share whose values are no multiple of the codes: two formulas are all that they differ in."""
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers.base import Quantizer
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Given values in the forward pass, the gradient where ``inside`` in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-        ctx.save_for_backward(inside)
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
+from apq_mmdet.quantizers.straight_through import is_trained, straight_through
 
 
 class NonlinearQuantizer(Quantizer):
@@ -90,6 +76,6 @@ class NonlinearQuantizer(Quantizer):
         """See the base class."""
         codes = self.positions(x.detach())
         values = self.values(codes.clamp(self.code_min, self.code_max))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _StraightThrough.apply(x, values, (codes >= self.code_min) & (codes <= self.code_max))
+        if is_trained(x):
+            return straight_through(x, values, (codes >= self.code_min) & (codes <= self.code_max))
         return values

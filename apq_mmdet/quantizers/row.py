@@ -5,22 +5,8 @@ from torch import Tensor
 
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers.dynamic import DynamicQuantizer
+from apq_mmdet.quantizers.straight_through import is_trained, straight_through
 from apq_mmdet.registry import QUANTIZERS
-
-
-class _RoundRows(torch.autograd.Function):
-    """``clamp(round(x / step), 0, highest) step``; straight-through gradient inside the range, none for the step."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, step: Tensor, highest: int) -> Tensor:
-        codes = torch.div(x, step).round_()
-        ctx.save_for_backward(codes <= highest)
-        return codes.clamp_(0, highest).mul_(step)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
 
 
 @QUANTIZERS.register_module(name="row_affine")
@@ -66,7 +52,12 @@ class RowAffineQuantizer(DynamicQuantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``decode_on(encode(x), row_steps(x))``, equal to the last bit; straight-through gradient."""
-        return _with_unit_sum(_RoundRows.apply(x, self.row_steps(x), self.code_max))
+        steps = self.row_steps(x)
+        codes = torch.div(x.detach(), steps).round_()
+        if is_trained(x):
+            inside = codes <= self.code_max
+            return _with_unit_sum(straight_through(x, codes.clamp_(0, self.code_max).mul_(steps), inside))
+        return _with_unit_sum(codes.clamp_(0, self.code_max).mul_(steps))
 
 
 def _with_unit_sum(x: Tensor) -> Tensor:

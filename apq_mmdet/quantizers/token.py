@@ -4,27 +4,8 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.dynamic import DynamicQuantizer
+from apq_mmdet.quantizers.straight_through import is_trained, straight_through
 from apq_mmdet.registry import QUANTIZERS
-
-
-class _RoundTokens(torch.autograd.Function):
-    """``low + step clamp(round((x - low) / step), 0, highest)``; straight-through gradient inside the range."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, low: Tensor, step: Tensor, highest: int) -> Tensor:
-        codes = torch.sub(x, low).div_(step).round_()
-        ctx.save_for_backward((codes >= 0) & (codes <= highest))
-        return _values(codes, low, step, highest)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
-
-
-def _values(rounded: Tensor, low: Tensor, step: Tensor, highest: int) -> Tensor:
-    """In place."""
-    return rounded.clamp_(0, highest).mul_(step).add_(low)
 
 
 @QUANTIZERS.register_module(name="token_affine")
@@ -66,6 +47,8 @@ class TokenAffineQuantizer(DynamicQuantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``decode_on(encode(x), *grid(x))``, equal to the last bit; straight-through gradient."""
         low, step = self.grid(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _RoundTokens.apply(x, low, step, self.code_max)
-        return _values(torch.sub(x, low).div_(step).round_(), low, step, self.code_max)
+        codes = torch.sub(x.detach(), low).div_(step).round_()
+        if is_trained(x):
+            inside = (codes >= 0) & (codes <= self.code_max)
+            return straight_through(x, codes.clamp_(0, self.code_max).mul_(step).add_(low), inside)
+        return codes.clamp_(0, self.code_max).mul_(step).add_(low)

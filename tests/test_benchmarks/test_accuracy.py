@@ -242,6 +242,8 @@ def test_report_of_a_few_rows(tmp_path):
         row(50.3, 50.4, recipe="apq_pc_fast", ground="stressed", reference=(51.3, 51.4)),
         row(48.6, 48.3, recipe=module.recipe, options=module.options),
         row(20.0, 10.0, num_val=50),
+        row(45.0, 44.0, options={"other": 1}),
+        row(46.0, 44.2, options={"other": 1}, seed=1),
     ]
     page = render(rows, tmp_path)
     lines = page.splitlines()
@@ -265,6 +267,8 @@ def test_report_of_a_few_rows(tmp_path):
     assert "| `minmax` | 32 | 20.0 / 10.0 | 64.0 s | 800 MiB |" in lines[start : start + 9]
     assert "| metric | block (base) | 49.1 / 48.2 | +0.0 | +0.0 | 64.0 s | 800 MiB |" in lines
     assert "| metric | module | 48.6 / 48.3 | -0.5 | +0.1 | 64.0 s | 800 MiB |" in lines
+    other = "mask-rcnn, plain, backbone, W4A4, `minmax` | other=1"
+    assert f"| {other} | 45.5 ± 1.0 / 44.1 ± 0.2 | 64.0 s | 800 MiB |" in lines
     assert "| `norm1` | 1.89 / 24.3 |" in lines
     published = page[page.index("## Published, not measured here") :]
     assert "COCO val2017" in published
