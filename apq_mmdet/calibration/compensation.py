@@ -294,9 +294,8 @@ def _error(weight: Tensor, other: Tensor, moments: Moments) -> Tensor:
 
 def _bounds(quantizer: Quantizer, layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, and lowest and highest code less the zero point, of each row of W, float64 [N, 1]."""
-    low = quantizer.code_min - quantizer.zero_point
-    high = low + quantizer.code_max - quantizer.code_min
-    rows = (quantizer.per_element(p, layer.weight).flatten()[:, None] for p in (quantizer.scale, low, high))
+    parameters = (quantizer.scale, *quantizer.shifted_bounds)
+    rows = (quantizer.per_element(p, layer.weight).flatten()[:, None] for p in parameters)
     return tuple(p.double().expand(len(layer.weight), 1) for p in rows)
 
 

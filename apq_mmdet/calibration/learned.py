@@ -273,8 +273,7 @@ class TrainedActivation(nn.Module):
 
     def _quantize(self, x: Tensor, step: Tensor) -> Tensor:
         quantizer = self.quantizer
-        low = (quantizer.code_min - quantizer.zero_point).to(step.dtype)  # [G], of codes less the zero point
-        high = low + (quantizer.code_max - quantizer.code_min)
+        low, high = (bound.to(step.dtype) for bound in quantizer.shifted_bounds)
         return _LearnedStep.apply(x, *(quantizer.per_element(p, x) for p in (step, low, high)))
 
 

@@ -106,9 +106,8 @@ class AffineQuantizer(Quantizer):
             if len(points) == 1:
                 low = float(self.code_min - points.pop())
                 return scale, low, low + (self.code_max - self.code_min)
-        low = (self.code_min - self.zero_point).to(self.scale.dtype)  # [G]
-        high = low + (self.code_max - self.code_min)
-        return scale, self.per_element(low, x), self.per_element(high, x)
+        low, high = (self.per_element(bound.to(self.scale.dtype), x) for bound in self.shifted_bounds)
+        return scale, low, high
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without what was made for the original."""

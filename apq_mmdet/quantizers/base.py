@@ -176,6 +176,11 @@ class Quantizer(nn.Module, ABC):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``decode(encode(x))``, equal to the last bit; straight-through gradient inside the range."""
 
+    @property
+    def shifted_bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest code less the zero point, int32 [G] each; for linear formats."""
+        return self.code_min - self.zero_point, self.code_max - self.zero_point
+
     def shifted_codes(self, x: Tensor) -> Tensor:
         """``encode(x) - zero_point`` in the dtype of ``x``; for linear formats."""
         raise TypeError(f"{type(self).__name__} is no linear format: its codes cannot be multiplied")
