@@ -38,7 +38,7 @@ examples:
     python tools/quantize_det.py CONFIG CHECKPOINT --scope detector --calib-dir IMAGES --no-eval --work-dir DIR
   leave a layer float (any key of the quant dict can be set):
     ... --cfg-options model.quant.overrides.mine.pattern='*.fc_cls' model.quant.overrides.mine.float=True
-  two processes, each with half of the images; the result is the same:
+  two processes, each with half of the images; the same bytes as one process with as many threads:
     torchrun --nproc-per-node 2 tools/quantize_det.py CONFIG CHECKPOINT --launcher pytorch --work-dir DIR
   what a run would do, how long at most and with how much memory, without doing it:
     ... --dry-run

@@ -4,7 +4,7 @@
 # of Q (theirs each whole one from 10 up); a code's scale is searched from 0.6 to 1.0 of the largest probability (theirs
 # is 1); one factor for both ends of a range, all candidates judged (theirs scale and zero point, from coarse to fine);
 # no logarithmic codes and no bias shift behind the GELU; no rounded table in evaluation; zero is one of the 2^k codes;
-# no zero points moved (see `repq`).
+# query against key and value against projection made even too, and no zero points moved (as in `repq`).
 _base_ = "./minmax.py"
 
 quant = dict(

@@ -1,4 +1,4 @@
-# `apq_pc` with the search of `apq_fast`.
+# `apq_pc` with the search of `apq_fast`, and 23 candidates for the wider ranges of attention operands.
 _base_ = "./apq_fast.py"
 
 quant = dict(

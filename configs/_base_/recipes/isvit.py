@@ -3,7 +3,7 @@
 # weights too, each time learning against the float model's block output by squared error, on inputs from the quantized
 # blocks before. Different here: step sizes are learned in the first stage and roundings in the second (theirs trains
 # the weights themselves in both, at fixed steps); channels are made even before the first stage (theirs between the
-# two, with zero points); softmax codes u' keep their fractions (theirs are rounded to whole numbers, which lets codes
+# two, with zero points), and so are query against key and value against projection; softmax codes u' keep their fractions (theirs are rounded to whole numbers, which lets codes
 # collapse); 200 steps of 16 units a stage (theirs: 1000 of 64 images), so that a demo detector takes minutes.
 _base_ = "./minmax.py"
 
