@@ -54,7 +54,7 @@ COCO's boxes and masks. So the table says what runs and what is quantized, not h
 In scope `detector` calibration compares what the heads predict before any post-processing. Where a transformer picks
 its queries among the encoder's proposals, the quantized model takes those that the float model picked, so that query i
 means the same in both; the evaluation afterwards lets it pick its own. Heads of other classes, also subclasses of
-these, are refused in scope `detector`; scope `backbone` takes any detector.
+these, are refused in scope `detector`; scope `backbone` takes any detector of mmdet.
 """
 
 
