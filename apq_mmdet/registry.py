@@ -3,13 +3,34 @@
 mmengine imports this module when it meets the scope ``apq_mmdet`` and then the ``locations`` below.
 """
 
+from importlib import import_module
+from typing import Any
+
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
 SCOPE = "apq_mmdet"
 
-MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["apq_mmdet.models"])
+
+class DetectorRegistry(Registry):
+    """Knows a quantized variant of detectors too that were registered after this package was imported."""
+
+    def get(self, key: str) -> Any:
+        """The class of this name."""
+        scope, name = self.split_scope_key(key)
+        if scope in (None, SCOPE) and name not in self.module_dict:
+            self.import_from_location()
+            import_module(f"{SCOPE}.models.detectors").register_quantized_detectors()
+        return super().get(key)
+
+
+def class_name(kind: str | type) -> str:
+    """Name of a class given by its registry name, with or without a scope, or, in lazy configs, by itself."""
+    return kind.split(".")[-1] if isinstance(kind, str) else kind.__name__
+
+
+MODELS = DetectorRegistry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["apq_mmdet.models"])
 LOOPS = Registry("loop", parent=MMENGINE_LOOPS, scope=SCOPE, locations=["apq_mmdet.engine"])
 QUANTIZERS = Registry("quantizer", scope=SCOPE, locations=["apq_mmdet.quantizers"])
 OBJECTIVES = Registry("objective", scope=SCOPE, locations=["apq_mmdet.calibration.objectives"])

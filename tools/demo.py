@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,13 +28,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def data_options(data: Path) -> list[str]:
-    """Config options that read the data set in ``data``."""
-    return [
-        f"train_dataloader.dataset.data_root={data}/",
-        f"test_dataloader.dataset.data_root={data}/",
-        f"test_evaluator.ann_file={data}/annotations/instances_val.json",
-    ]
+def write_config(path: Path, float_config: Path, data: Path) -> None:
+    """A float config on the data set in ``data``."""
+    root = f"{data.resolve()}/"
+    path.write_text(
+        f"_base_ = {str(float_config)!r}\n"
+        f"train_dataloader = dict(dataset=dict(data_root={root!r}))\n"
+        f"test_dataloader = dict(dataset=dict(data_root={root!r}))\n"
+        f"test_evaluator = dict(ann_file={root + 'annotations/instances_val.json'!r})\n"
+    )
 
 
 def row(name: str, metrics: dict[str, float], mib: float, seconds: float | None) -> str:
@@ -51,14 +54,16 @@ def main() -> int:
     data = args.work_dir / "data"
     write_demo_set(data, seed=0, num_train=max(args.num_calib, 32), num_val=args.num_val, workers=2)
     name = f"{args.detector}_swin-demo"
-    checkpoint = ROOT / "demo" / f"{name}.pth"
+    config, checkpoint = args.work_dir / f"{name}.py", ROOT / "demo" / f"{name}.pth"
+    write_config(config, ROOT / "configs" / "demo" / f"{name}.py", data)
     rows = []
     for bits in BITS:
         out = args.work_dir / f"w{bits}a{bits}"
         print(f"== W{bits}A{bits}, log in {out}/log.txt", flush=True)
-        options = [str(ROOT / "configs" / "demo" / f"{name}.py"), str(checkpoint), "--work-dir", str(out)]
+        options = [str(config), str(checkpoint), "--work-dir", str(out)]
         options += ["--recipe", RECIPE, "--w-bits", str(bits), "--a-bits", str(bits)]
-        options += ["--num-calib", str(args.num_calib), "--cfg-options", *data_options(data)]
+        options += ["--num-calib", str(args.num_calib)]
+        shutil.rmtree(out, ignore_errors=True)  # of a demo that was broken off
         out.mkdir(parents=True, exist_ok=True)
         with (out / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
             code = command.main(options if rows else [*options, "--eval-float"])

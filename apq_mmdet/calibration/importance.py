@@ -126,7 +126,8 @@ def capture_gradients(
     if silent:
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "
-            f"its errors could not be weighed"
+            f"its errors could not be weighed. If nothing uses that output, leave the block float: "
+            f"quant.overrides.unused=dict(pattern='{silent[0]}*', float=True)"
         )
 
 

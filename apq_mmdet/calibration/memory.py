@@ -1,15 +1,23 @@
 """The memory of this process: its peak, and what the allocator keeps of it for nothing."""
 
 import ctypes
-import resource
+import sys
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what the system tells
+
 
 def peak_memory() -> dict[str, int | None]:
-    """Peak resident memory of this process and peak CUDA memory (None without CUDA), in bytes."""
+    """Peak resident memory of this process and peak CUDA memory, in bytes; None where there is none or nobody knows."""
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "cuda_bytes": cuda}
+    host = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
+    return {"host_bytes": host, "cuda_bytes": cuda}
 
 
 def release_freed() -> None:
@@ -18,6 +26,7 @@ def release_freed() -> None:
     An image's tensors leave holes that those of an image of another size do not fit into: over many images the
     process can grow, though what it holds does not.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

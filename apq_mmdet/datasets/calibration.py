@@ -9,10 +9,11 @@ from typing import Any
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.dataset import Compose
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.registry import init_default_scope
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.registry import class_name
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -39,7 +40,7 @@ class CalibrationImages(Sequence):
         self.metainfo = metainfo
         self.ids = [image_id for image_id, _ in images]
         self.paths = [path for _, path in images]
-        steps = [step for step in pipeline if "Annotations" not in step["type"]]
+        steps = [step for step in pipeline if "Annotations" not in class_name(step["type"])]
         self._pipeline = Compose(steps)
 
     def __len__(self) -> int:
@@ -76,11 +77,18 @@ class CalibrationImages(Sequence):
         return len(shared)
 
 
-def _innermost(dataset: dict[str, Any]) -> dict[str, Any]:
-    """The data set inside wrappers such as RepeatDataset, MultiImageMixDataset, ClassBalancedDataset."""
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    return dataset["datasets"][0] if "datasets" in dataset else dataset
+def _innermost(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data sets inside wrappers such as RepeatDataset, MultiImageMixDataset, ConcatDataset."""
+    if "dataset" in dataset:
+        return _innermost(dataset["dataset"])
+    if "datasets" in dataset:
+        return [inner for part in dataset["datasets"] for inner in _innermost(part)]
+    return [dataset]
+
+
+def _enter_scope(cfg: Config) -> None:
+    """Let names without a scope be mmdet's, where the config does not say whose they are."""
+    init_default_scope(cfg.get("default_scope") or "mmdet")
 
 
 def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
@@ -90,18 +98,18 @@ def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
         BadInputError: the config has no test pipeline.
     """
     try:
-        return _innermost(cfg.test_dataloader.dataset)["pipeline"]
+        return _innermost(cfg.test_dataloader.dataset)[0]["pipeline"]
     except (AttributeError, KeyError) as error:
         raise BadInputError("the config has no test_dataloader.dataset.pipeline") from error
 
 
 def choose(images: list[tuple[Any, str]], num: int, seed: int, where: str) -> list[tuple[Any, str]]:
-    """``num`` images by a seeded rule: sorted by id, then drawn without replacement."""
+    """``num`` images by a seeded rule: sorted by id and path, then drawn without replacement."""
     if num < 1:
         raise BadInputError(f"num_calib must be at least 1, got {num}")
     if len(images) < num:
         raise BadInputError(f"{num} calibration images asked for, {where} holds {len(images)}")
-    ordered = sorted(images, key=lambda image: (str(type(image[0])), image[0]))
+    ordered = sorted(images, key=lambda image: (str(type(image[0])), *image))
     return random.Random(seed).sample(ordered, num)
 
 
@@ -109,23 +117,30 @@ def calibration_from_folder(cfg: Config, folder: str, num: int, seed: int) -> Ca
     """``num`` images of a folder (not its subfolders); ids are the file names."""
     if not os.path.isdir(folder):
         raise BadInputError(f"calibration folder {folder} does not exist")
+    _enter_scope(cfg)
     images = [(p.name, str(p)) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES]
     return CalibrationImages(choose(images, num, seed, f"folder {folder} (without its subfolders)"), test_pipeline(cfg))
 
 
 def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]:
-    """Id and path of each image of the config's training set, and the set's metainfo.
+    """Id and path of each image of the config's training sets, and the first set's metainfo.
 
     Raises:
         BadInputError: the config has no training set, or its annotations cannot be read.
     """
-    init_default_scope(cfg.get("default_scope", "mmdet"))
+    _enter_scope(cfg)
     try:
-        config = dict(_innermost(cfg.train_dataloader.dataset), pipeline=[])
+        configs = _innermost(cfg.train_dataloader.dataset)
     except (AttributeError, KeyError) as error:
         raise BadInputError("the config has no train_dataloader.dataset: give a folder with --calib-dir") from error
+    sets = [_annotated_images(config) for config in configs]
+    images = {info["img_path"]: info for dataset in sets for info in map(dataset.get_data_info, range(len(dataset)))}
+    return [(info.get("img_id", path), path) for path, info in images.items()], sets[0].metainfo
+
+
+def _annotated_images(config: dict[str, Any]) -> BaseDataset:
     try:
-        dataset = DATASETS.build(config)
+        return DATASETS.build(dict(config, pipeline=[]))
     except (FileNotFoundError, json.JSONDecodeError, KeyError, ImportError) as error:
         raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
     except ValueError as error:  # what mmdet makes of a set without images
@@ -133,11 +148,9 @@ def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]
             f"the training set cannot be read: {error}; do the classes of its metainfo stand in its annotations? Or "
             f"give a folder with --calib-dir"
         ) from error
-    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    return [(info.get("img_id", info["img_path"]), info["img_path"]) for info in infos], dataset.metainfo
 
 
 def calibration_from_config(cfg: Config, num: int, seed: int) -> CalibrationImages:
-    """``num`` images of the config's training set."""
+    """``num`` images of the config's training sets."""
     images, metainfo = training_images(cfg)
     return CalibrationImages(choose(images, num, seed, "the training set"), test_pipeline(cfg), metainfo)

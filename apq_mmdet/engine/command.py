@@ -28,6 +28,7 @@ LAUNCHER_VARIABLES = {
 }
 LAUNCHER_COMMANDS = {"pytorch": "torchrun", "slurm": "srun", "mpi": "mpirun"}
 # what building a model or a work dir raises where the config is wrong or a package that it needs is missing
+RUN_CONFIG = "run_config.py"
 CANNOT_BE_BUILT = (TypeError, ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError)
 
 EPILOG = """
@@ -117,11 +118,14 @@ def build_config(args: argparse.Namespace) -> Config:
     for key in ("test_dataloader", "test_evaluator"):
         if not cfg.get(key):
             raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
+    for given, written in ((args.config, "config.py"), (args.checkpoint, "quantized.pth")):
+        if Path(given).resolve() == (Path(args.work_dir) / written).resolve():
+            raise BadInputError(f"--work-dir {args.work_dir}: the run would overwrite {given}; use another folder")
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher
     cfg.load_from, cfg.resume = None, False
     cfg.randomness = dict(seed=args.seed)
-    return with_ptq_loop(
+    cfg = with_ptq_loop(
         cfg,
         checkpoint=args.checkpoint,
         num_calib=args.num_calib,
@@ -134,6 +138,8 @@ def build_config(args: argparse.Namespace) -> Config:
         dry_run=args.dry_run,
         allow_overlap=args.allow_overlap,
     )
+    # mmengine's Runner writes the config of a run into the work dir, under this name
+    return Config(cfg.to_dict(), cfg_text=f"# made from {args.config}", filename=RUN_CONFIG)
 
 
 def choose_device(device: str | None) -> None:

@@ -196,6 +196,9 @@ class PTQLoop(TestLoop):
         write_atomic(self.work_dir / "config.py", config.pretty_text.encode())
 
     def _dataset_meta(self) -> dict[str, Any] | None:
+        """Class names and so on, of a float checkpoint that has none of mmdet 3."""
+        if "CLASSES" in self.float_meta:  # of mmdet 2
+            return {key.lower(): self.float_meta[key] for key in ("CLASSES", "PALETTE") if key in self.float_meta}
         return self.dataloader.dataset.metainfo if self.evaluate or self.eval_float else self.images.metainfo
 
     def _report(

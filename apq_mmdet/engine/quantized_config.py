@@ -1,15 +1,20 @@
 """Configs: the overlay that turns a float config into a quantization run, and the stand-alone config it leaves."""
 
 import copy
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import mmengine.registry
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import Registry
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.detectors import register_quantized_detectors
 from apq_mmdet.policy import refuse_unknown
-from apq_mmdet.registry import MODELS, SCOPE
+from apq_mmdet.registry import MODELS, SCOPE, class_name
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
@@ -19,6 +24,8 @@ COCO_ITEMS = [
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
     *("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000"),
 ]
+TYPES = (type, FunctionType, BuiltinFunctionType)
+OPENMMLAB = ("mmengine", "mmdet")  # scopes whose names need no prefix where mmdet's is the default
 COCO_PROPOSALS = (100, 300, 1000)  # mmdet's default
 
 
@@ -59,7 +66,8 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     """A copy of a config whose model is quantized.
 
     Args:
-        cfg: any mmdet config; a ``quant`` in its model or backbone is the recipe, unless another is named.
+        cfg: any mmdet config; a ``quant`` in its model or backbone, or else in itself, is the recipe, unless another
+            is named.
         recipe: name or path; None for the config's own, or the default one. Bits, scope and overrides of the config's
             own stay.
         settings: keys of ``quant`` that override the recipe's (bits, scope).
@@ -67,30 +75,67 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     Raises:
         BadInputError: unknown recipe or detector type, no model.
     """
-    cfg = copy.deepcopy(cfg)
+    cfg = _with_names(cfg)
     if not (isinstance(cfg.get("model"), dict) and cfg.model.get("type")):
         raise BadInputError("the config defines no model with a type")
-    own = _take_quant(cfg)
-    cfg.pop("quant", None)  # of an inherited recipe: the model has it
-    quant = own
+    own, inherited = _take_quant(cfg), cfg.pop("quant", None)  # of an inherited recipe, which the model may have
+    quant = own = inherited if own is None else own
     if recipe or own is None:
         found = read_recipe(recipe or DEFAULT_RECIPE)
         quant = {**found.quant.to_dict(), **{key: own[key] for key in KEPT if key in (own or {})}}
         _import_too(cfg, found.get("custom_imports"))
-    name = _class_name(cfg.model.type)
+    name = class_name(cfg.model.type)
     register_quantized_detectors()  # those of the config's own custom_imports too
     if MODELS.get(f"{SCOPE}.{name}") is None:
         raise BadInputError(f"model type {cfg.model.type!r} is no detector of mmdet")
     cfg.model.type = f"{SCOPE}.{name}"
     cfg.model.quant = {**quant, **settings}
     # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
-    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if _class_name(hook["type"]) != "EMAHook"]
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if class_name(hook["type"]) != "EMAHook"]
     for evaluator in _evaluators(cfg):
         # mmdet finds the later ones of them by their place, which holds for three numbers of proposals only
         usual = len(evaluator.get("proposal_nums", COCO_PROPOSALS)) == len(COCO_PROPOSALS)
-        if _class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items") and usual:
+        if class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items") and usual:
             evaluator["metric_items"] = list(COCO_ITEMS)
     return cfg
+
+
+def _with_names(cfg: Config) -> Config:
+    """A copy of a config whose types are names; lazy configs, such as mmdet's own in ``mmdet/configs``, hold classes.
+
+    A class becomes the name under which it is registered: its path may be that of something else, as a module of
+    losses and a function in it can share a name.
+    """
+    if not _holds_classes(cfg):
+        return copy.deepcopy(cfg)
+    named = _map_values(cfg, lambda value: _registered_name(value) if isinstance(value, TYPES) else value)
+    named["default_scope"] = named.get("default_scope") or "mmdet"
+    return Config(named, filename=cfg.filename)
+
+
+def _holds_classes(cfg: Config) -> bool:
+    found = []
+    _map_values(cfg, lambda value: found.append(isinstance(value, TYPES)))
+    return any(found)
+
+
+def _map_values(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested containers as they are, all else through ``function``."""
+    if isinstance(value, Mapping | Config):
+        return {key: _map_values(inner, function) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map_values(inner, function) for inner in value)
+    return function(value)
+
+
+def _registered_name(kind: Any) -> str:
+    """The name of a class or function in mmengine's registries or those of its children, or else its path."""
+    for root in (value for value in vars(mmengine.registry).values() if isinstance(value, Registry)):
+        for registry in (root, *root.children.values()):
+            for name, known in registry.module_dict.items():
+                if known is kind:
+                    return name if registry.scope in OPENMMLAB else f"{registry.scope}.{name}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _import_too(cfg: Config, imports: dict[str, Any] | None) -> None:
@@ -99,19 +144,14 @@ def _import_too(cfg: Config, imports: dict[str, Any] | None) -> None:
         own = cfg.get("custom_imports") or {"imports": []}
         named = [part["imports"] for part in (own, imports)]
         modules = [module for part in named for module in ([part] if isinstance(part, str) else part)]
-        cfg.custom_imports = {**imports, "imports": list(dict.fromkeys(modules))}
-
-
-def _class_name(kind: str | type) -> str:
-    """Name of a class given by its registry name, with or without a scope, or, in lazy configs, by itself."""
-    return kind.split(".")[-1] if isinstance(kind, str) else kind.__name__
+        cfg.custom_imports = {**imports, **own, "imports": list(dict.fromkeys(modules))}
 
 
 def _take_quant(cfg: Config) -> dict[str, Any] | None:
     """Remove and return the ``quant`` of the model or of its backbone, whose type becomes the float one again."""
     backbone = cfg.model.get("backbone", {})
     if "quant" in backbone:
-        backbone.type = _class_name(backbone.type)
+        backbone.type = class_name(backbone.type)
         return _seen_from_detector(backbone.pop("quant"))
     return dict(cfg.model.pop("quant")) if "quant" in cfg.model else None
 
@@ -164,6 +204,8 @@ def standalone_config(cfg: Config, left_float: list[str]) -> Config:
     for key in ("work_dir", "model_wrapper_cfg"):
         cfg.pop(key, None)
     if left_float:
-        unseen = {f"no_data_{i}": dict(pattern=name, float=True) for i, name in enumerate(left_float)}
-        cfg.model.quant.overrides = {**cfg.model.quant.get("overrides", {}), **unseen}
+        overrides = cfg.model.quant.get("overrides", {})
+        free = (name for i in itertools.count() if (name := f"no_data_{i}") not in overrides)
+        unseen = {next(free): dict(pattern=name, float=True) for name in left_float}
+        cfg.model.quant.overrides = {**overrides, **unseen}
     return cfg

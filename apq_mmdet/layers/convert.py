@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers.base import INPUT_FACTORS, LAYERS, quantized_layers, to_quantized
+from apq_mmdet.layers.base import LAYERS, quantized_layers, to_quantized
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -114,36 +114,60 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
         The layer table, also kept as ``model.quantization_table``.
 
     Raises:
-        BadInputError: an override matches no layer, a granularity does not fit, no block can be compensated, or layers
-            whose inputs are divided share a weight.
+        BadInputError: the model is quantized already, an override matches no layer, a granularity does not fit, no
+            block can be compensated, or layers whose inputs are divided share a weight. No layer is changed then.
     """
+    if next(quantized_layers(model), None) is not None:
+        raise BadInputError(f"{type(model).__name__} holds quantized layers already: start from a float model")
     part = model.backbone if policy.scope == "backbone" and hasattr(model, "backbone") else model
     for module in list(part.modules()):
         if type(module) in ATTENTION:
             ATTENTION[type(module)](module)
+    planned = _plan(model, part, policy)
     if policy.output_compensation:
         install_output_compensation(part)
     unused = _training_only(part)
     inside = set(part.modules()) - unused
-    modules = dict(model.named_modules())
-    targets = [name for name, module in modules.items() if module in inside and type(module) in LAYERS]
-    classes = {name: LAYERS[type(modules[name])] for name in targets}
-    policy.check_overrides([(name, cls.kind, cls.roles) for name, cls in classes.items()])
     table: list[LayerRow] = []
-    for name, module in modules.items():
-        if name in targets:
-            table += _quantize_layer(name, module, policy)
+    for name, module in list(model.named_modules()):
+        if name in planned:
+            table += planned[name].rows
+            planned[name].apply()
         elif _is_leaf(module) or type(module) in INLINE:
             reason = _float_reason(module) if module in inside else f"outside scope {policy.scope!r}"
             reason = "runs in training only" if module in unused else reason
             table.append(_float_row(name, module, "-", reason))
-    _refuse_divided_twice({name: modules[name] for name in targets})
-    if not any(row.bits for row in table):
-        raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     device = _follow_devices(model)
     install_state_hooks(model, device)
     model.quantization_table = table
     return table
+
+
+@dataclass(frozen=True)
+class _PlannedLayer:
+    """What a layer is going to be: its quantizers by role, whether its input is divided, its rows of the table."""
+
+    layer: nn.Module
+    quantizers: dict[str, Quantizer]
+    divided: bool
+    rows: list[LayerRow]
+
+    def apply(self) -> None:
+        if self.quantizers:
+            to_quantized(self.layer, self.quantizers, self.divided)
+
+
+def _plan(model: nn.Module, part: nn.Module, policy: Policy) -> dict[str, _PlannedLayer]:
+    """All layers of the part that is quantized, by their names in the model; raises as ``quantize_model``."""
+    inside = set(part.modules()) - _training_only(part)
+    layers = {name: m for name, m in model.named_modules() if m in inside and type(m) in LAYERS}
+    classes = {name: LAYERS[type(layer)] for name, layer in layers.items()}
+    policy.check_overrides([(name, cls.kind, cls.roles) for name, cls in classes.items()])
+    planned = {name: _plan_layer(name, layer, policy) for name, layer in layers.items()}
+    _refuse_divided_twice(planned)
+    if not any(plan.quantizers for plan in planned.values()):
+        raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
+    return planned
 
 
 def _follow_devices(model: nn.Module) -> torch.device:
@@ -155,12 +179,12 @@ def _follow_devices(model: nn.Module) -> torch.device:
     return beginning
 
 
-def _refuse_divided_twice(layers: dict[str, nn.Module]) -> None:
+def _refuse_divided_twice(planned: dict[str, _PlannedLayer]) -> None:
     """Layers that share one weight cannot both move factors of their inputs into it."""
     users: dict[nn.Parameter, str] = {}
-    for name, layer in layers.items():
-        if getattr(layer, INPUT_FACTORS, None) is not None:
-            other = users.setdefault(layer.weight, name)
+    for name, plan in planned.items():
+        if plan.divided:
+            other = users.setdefault(plan.layer.weight, name)
             if other != name:
                 raise BadInputError(
                     f"layers {other!r} and {name!r} share one weight, which cannot take up the factors of two inputs: "
@@ -173,7 +197,7 @@ def _training_only(model: nn.Module) -> set[nn.Module]:
     return {m for holder in holders for part in TRAINING_ONLY[type(holder)](holder) for m in part.modules()}
 
 
-def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerRow]:
+def _plan_layer(name: str, module: nn.Module, policy: Policy) -> _PlannedLayer:
     cls = LAYERS[type(module)]
     specs, reason = policy.scheme(name, cls.kind, cls.roles)
     quantizers = {r: build_quantizer(module, r, s, name) for r, s in specs.items()}
@@ -186,9 +210,7 @@ def _quantize_layer(name: str, module: nn.Module, policy: Policy) -> list[LayerR
         kind = f"{spec.format}, {'symmetric' if spec.symmetric else 'asymmetric'}"
         elements = _num_weights(module)
         rows.append(LayerRow(name, cls.kind, role, spec.bits, kind, str(spec.granularity), q.groups, elements, ""))
-    if quantizers:
-        to_quantized(module, quantizers, "input" in specs and specs["input"].granularity == "channel")
-    return rows
+    return _PlannedLayer(module, quantizers, "input" in specs and specs["input"].granularity == "channel", rows)
 
 
 def leave_float(model: nn.Module, names: list[str]) -> None:

@@ -42,6 +42,7 @@ def register_quantized_detectors() -> None:
             doc = f"mmdet's {name} with quantized layers; see QuantizedDetector."
             quantized = type(name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
             MODELS.register_module(name=name, module=quantized)
+            globals()[name] = quantized  # where pickle looks for it
 
 
 register_quantized_detectors()

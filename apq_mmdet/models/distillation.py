@@ -55,13 +55,10 @@ def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask
     Raises:
         BadInputError: scope 'detector', and no task runs the heads of such a detector.
     """
-    if (
-        isinstance(model, TwoStageDetector)
-        and isinstance(model.rpn_head, RPNHead)
-        and isinstance(model.roi_head, StandardRoIHead | CascadeRoIHead)
-    ):
-        return TwoStageTask()
     # exact: subclasses may predict other things
+    heads = type(getattr(model, "rpn_head", None)), type(getattr(model, "roi_head", None))
+    if isinstance(model, TwoStageDetector) and heads in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)):
+        return TwoStageTask()
     for detectors, head, heads, task in (
         (SingleStageDetector, "bbox_head", (AnchorHead, RetinaHead), DenseTask),
         (SingleStageDetector, "bbox_head", (ATSSHead, RTMDetHead, RTMDetSepBNHead), WeightedDenseTask),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import build_swin, recipe, short_grids
 
-from apq_mmdet.calibration import FeatureTask, calibrate, calibrator, importance
+from apq_mmdet.calibration import FeatureTask, calibrate, calibrator, importance, memory
 from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.memory import peak_memory, release_freed
 from apq_mmdet.layers import quantize_model
@@ -41,3 +41,9 @@ def test_calibration_releases_after_every_image_of_both_passes_and_every_block(m
     calibrate(model, [torch.randn(1, 3, 33, 64) for _ in range(3)], settings, FeatureTask())
     blocks = len(partition(model))
     assert released == [calibrator.__name__] * 3 + [importance.__name__] * 3 + [calibrator.__name__] * blocks
+
+
+def test_where_the_system_does_not_tell_the_peak_there_is_none(monkeypatch):
+    """Windows has no such module."""
+    monkeypatch.setattr(memory, "resource", None)
+    assert memory.peak_memory()["host_bytes"] is None

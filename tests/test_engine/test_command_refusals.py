@@ -111,6 +111,27 @@ def test_work_dir_that_is_a_file(config, tmp_path, capsys):
         assert re.search(r"--work-dir .*: .*file is a file", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("which", ["config", "checkpoint"])
+def test_what_a_run_reads_is_not_overwritten(config, tmp_path, capsys, which):
+    own = {"config": tmp_path / "config.py", "checkpoint": tmp_path / "quantized.pth"}[which]
+    own.write_bytes(Path({"config": config, "checkpoint": CHECKPOINT}[which]).read_bytes())
+    before = own.read_bytes()
+    args = {"config": str(config), "checkpoint": str(CHECKPOINT)} | {which: str(own)}
+    assert command.main([args["config"], args["checkpoint"], "--work-dir", f"{tmp_path}/../{tmp_path.name}"]) == 2
+    assert f"the run would overwrite {own}" in capsys.readouterr().err
+    assert own.read_bytes() == before
+
+
+def test_a_refused_run_leaves_an_earlier_config(config, tmp_path, capsys):
+    (tmp_path / "config.py").write_text("earlier = True\n")
+    float_config = tmp_path / "configs" / "config.py"
+    float_config.parent.mkdir()
+    float_config.write_text(f"_base_ = {str(config)!r}\n")
+    assert quantize(float_config, tmp_path, "--dry-run", "--num-calib", "999") == 2
+    assert "999 calibration images asked for" in capsys.readouterr().err
+    assert (tmp_path / "config.py").read_text() == "earlier = True\n"
+
+
 def test_a_work_dir_whose_folder_for_blocks_holds_the_images(config, data, tmp_path, capsys):
     """They were deleted once."""
     images = shutil.copytree(data / "train", tmp_path / "calibration")

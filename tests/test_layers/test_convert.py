@@ -129,3 +129,29 @@ def test_quantizers_are_where_their_layers_are():
     model = build_swin().to("meta")
     quantize_model(model, recipe("qwt").policy)
     assert {value.device.type for value in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("qwt", dict(pattern="*.qvk", bits=8), "matches no layer"),
+        ("apq", dict(pattern="*blocks.1*.qkv", weight=dict(granularity=5)), "granularity 5 does not fit"),
+    ],
+)
+def test_a_refused_model_is_as_it_was(name, override, message):
+    """The last of its layers was refused once, when the others had been converted."""
+    model, untouched = build_swin(), build_swin()
+    with pytest.raises(BadInputError, match=message):
+        quantize_model(model, recipe(name, overrides=dict(mine=override)).policy)
+    assert list(quantized_layers(model)) == []
+    assert list(model.state_dict()) == list(untouched.state_dict())
+    assert not any(module._forward_hooks for module in model.modules())
+    rows = quantize_model(model, recipe("apq", w_bits=3).policy)
+    assert {row.bits for row in rows if row.role == "weight" and row.bits} == {3}
+
+
+def test_a_quantized_model_is_refused():
+    model = build_swin()
+    quantize_model(model, recipe("apq").policy)
+    with pytest.raises(BadInputError, match="SwinTransformer holds quantized layers already"):
+        quantize_model(model, recipe("minmax").policy)

@@ -1,3 +1,7 @@
+import pickle
+from pathlib import Path
+
+import mmdet
 import pytest
 import torch
 from helpers import ROOT, recipe, short_grids
@@ -9,9 +13,11 @@ from apq_mmdet.calibration import calibrate
 from apq_mmdet.errors import UncalibratedError
 from apq_mmdet.layers import float_only, packed_state_dict, quantized_layers
 from apq_mmdet.models import QuantizedDetector, QuantizedSwinTransformer, detection_task
+from apq_mmdet.models.distillation import NeckTask, TwoStageTask
 
 register_all_modules()
 CONFIGS = ROOT / "configs"
+MIM = Path(mmdet.__file__).parent / ".mim" / "configs"
 
 
 def build(cfg):
@@ -148,3 +154,27 @@ def test_retinanet_swin(tmp_path):
     settings = recipe("apq_fast", scope="detector", search=dict(grids=short_grids(2), shortlist=1))
     report = calibrate(model, [sample()], settings, detection_task(model))
     assert report.blocks[-1].block == "bbox_head"
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("htc/htc_r50_fpn_1x_coco", NeckTask), ("scnet/scnet_r50_fpn_1x_coco", NeckTask), ("mask_rcnn", TwoStageTask)],
+)
+def test_heads_that_need_more_are_left_out_of_the_loss(name, task):
+    """Semantic features and the like: a subclass of a known head may not run as that does."""
+    cfg = Config.fromfile(MIM / f"{name}.py") if "/" in name else demo("mask-rcnn")
+    if "/" in name:
+        cfg.model.backbone = dict(type="SwinTransformer", embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+        cfg.model.neck.in_channels = [8, 16, 32, 64]
+    model = MODELS.build(cfg.model).eval()
+    found = detection_task(model)
+    assert type(found) is task
+    with torch.no_grad(), float_only(model):
+        found.teacher(model, sample())
+
+
+def test_a_quantized_detector_can_be_pickled():
+    model = build(demo("mask-rcnn"))
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    assert list(again.state_dict()) == list(model.state_dict())

@@ -1,0 +1,54 @@
+import copy
+
+import pytest
+from helpers import ROOT
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from apq_mmdet.datasets import write_demo_set
+from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder, training_images
+from apq_mmdet.errors import BadInputError
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    write_demo_set(folder, 0, 4, 3)
+    cfg = Config.fromfile(ROOT / "configs/demo/mask-rcnn_swin-demo.py")
+    cfg.train_dataloader.dataset.data_root = cfg.test_dataloader.dataset.data_root = f"{folder}/"
+    return cfg
+
+
+def wrapped(cfg):
+    """A config whose training set joins a repeated set with one that holds other images."""
+    cfg = copy.deepcopy(cfg)
+    first = cfg.train_dataloader.dataset
+    second = {**first, "ann_file": "annotations/instances_val.json", "data_prefix": dict(img="val/")}
+    parts = [dict(type="RepeatDataset", times=2, dataset=first), second, first]
+    cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=parts)
+    return cfg
+
+
+def test_images_of_all_joined_sets_count_once(cfg):
+    """Ids of two sets can be the same."""
+    images, metainfo = training_images(wrapped(cfg))
+    assert len(images) == len({path for _, path in images}) == 4 + 3
+    assert metainfo["classes"] == tuple(cfg.metainfo.classes)
+    assert len(calibration_from_config(wrapped(cfg), 7, 0)) == 7
+    with pytest.raises(BadInputError, match="8 calibration images asked for, the training set holds 7"):
+        calibration_from_config(wrapped(cfg), 8, 0)
+
+
+def test_the_rule_for_one_set_is_that_of_the_ids(cfg):
+    images, _ = training_images(cfg)
+    assert [i for i, _ in images] == sorted(i for i, _ in images)
+
+
+@pytest.mark.parametrize("scope", ["mmdet", None])
+def test_transforms_are_mmdets_whatever_was_built_before(cfg, scope):
+    cfg = copy.deepcopy(cfg)
+    cfg.default_scope = scope
+    folder = f"{cfg.train_dataloader.dataset.data_root}/train"
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        assert calibration_from_folder(cfg, folder, 1, 0)[0]["inputs"].shape[0] == 3
+        assert len(calibration_from_config(cfg, 2, 0)) == 2
