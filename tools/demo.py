@@ -10,6 +10,7 @@ from pathlib import Path
 
 from apq_mmdet.datasets import write_demo_set
 from apq_mmdet.engine import command
+from apq_mmdet.engine.ptq_loop import STATES
 
 ROOT = Path(__file__).resolve().parents[1]
 BITS = (8, 6, 4)
@@ -18,12 +19,19 @@ RECIPE = "apq_plus"
 
 def parse_args() -> argparse.Namespace:
     """Command line of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--detector", choices=("mask-rcnn", "cascade-mask-rcnn"), default="mask-rcnn", help="default: %(default)s"
     )
-    parser.add_argument("--num-val", type=int, default=100, help="evaluate the first so many images of the val split")
-    parser.add_argument("--num-calib", type=int, default=16, help="calibration images, from the train split")
+    parser.add_argument(
+        "--num-val",
+        type=int,
+        default=100,
+        help="evaluate the first so many images of the val split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-calib", type=int, default=16, help="calibration images, from the train split (default: %(default)s)"
+    )
     parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "demo", help="default: work_dirs/demo")
     return parser.parse_args()
 
@@ -54,7 +62,7 @@ def main() -> int:
     data = args.work_dir / "data"
     write_demo_set(data, seed=0, num_train=max(args.num_calib, 32), num_val=args.num_val, workers=2)
     name = f"{args.detector}_swin-demo"
-    config, checkpoint = args.work_dir / f"{name}.py", ROOT / "demo" / f"{name}.pth"
+    config, checkpoint = data / f"{name}.py", ROOT / "demo" / f"{name}.pth"
     write_config(config, ROOT / "configs" / "demo" / f"{name}.py", data)
     rows = []
     for bits in BITS:
@@ -63,7 +71,7 @@ def main() -> int:
         options = [str(config), str(checkpoint), "--work-dir", str(out)]
         options += ["--recipe", RECIPE, "--w-bits", str(bits), "--a-bits", str(bits)]
         options += ["--num-calib", str(args.num_calib)]
-        shutil.rmtree(out, ignore_errors=True)  # of a demo that was broken off
+        shutil.rmtree(out / STATES, ignore_errors=True)  # of a demo that was broken off
         out.mkdir(parents=True, exist_ok=True)
         with (out / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
             code = command.main(options if rows else [*options, "--eval-float"])

@@ -12,6 +12,7 @@ or not finite, is refused. There are two kinds of disturbance:
   by random signs times a share of each output's standard deviation in the pass, which float32 does not round away.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,7 +128,7 @@ def capture_gradients(
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "
             f"its errors could not be weighed. If nothing uses that output, leave the block float: "
-            f"quant.overrides.unused=dict(pattern='{silent[0]}*', float=True)"
+            f"quant.overrides.unused.pattern='re:{re.escape(silent[0])}(\\..*)?' quant.overrides.unused.float=True"
         )
 
 

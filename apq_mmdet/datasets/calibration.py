@@ -133,9 +133,14 @@ def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]
         configs = _innermost(cfg.train_dataloader.dataset)
     except (AttributeError, KeyError) as error:
         raise BadInputError("the config has no train_dataloader.dataset: give a folder with --calib-dir") from error
+    if not configs:
+        raise BadInputError("train_dataloader.dataset joins no data sets: give a folder with --calib-dir")
     sets = [_annotated_images(config) for config in configs]
-    images = {info["img_path"]: info for dataset in sets for info in map(dataset.get_data_info, range(len(dataset)))}
-    return [(info.get("img_id", path), path) for path, info in images.items()], sets[0].metainfo
+    images: dict[str, tuple[Any, str]] = {}  # by what is behind their paths
+    for info in (dataset.get_data_info(i) for dataset in sets for i in range(len(dataset))):
+        path = info["img_path"]
+        images.setdefault(os.path.realpath(path), (info.get("img_id", path), path))
+    return list(images.values()), sets[0].metainfo
 
 
 def _annotated_images(config: dict[str, Any]) -> BaseDataset:

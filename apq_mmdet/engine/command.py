@@ -19,6 +19,7 @@ from apq_mmdet.engine.quantized_config import quantized_config, read_config, wit
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
 
+RUN_CONFIG = "run_config.py"  # name of the config of a run, as mmengine keeps it in the work dir
 LONGEST_WAIT = 2 * 3600  # seconds that a process waits for the others
 # variables by which each launcher tells a process its rank, the number of processes, and its rank on its node
 LAUNCHER_VARIABLES = {
@@ -28,7 +29,6 @@ LAUNCHER_VARIABLES = {
 }
 LAUNCHER_COMMANDS = {"pytorch": "torchrun", "slurm": "srun", "mpi": "mpirun"}
 # what building a model or a work dir raises where the config is wrong or a package that it needs is missing
-RUN_CONFIG = "run_config.py"
 CANNOT_BE_BUILT = (TypeError, ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError)
 
 EPILOG = """
@@ -118,7 +118,11 @@ def build_config(args: argparse.Namespace) -> Config:
     for key in ("test_dataloader", "test_evaluator"):
         if not cfg.get(key):
             raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
-    for given, written in ((args.config, "config.py"), (args.checkpoint, "quantized.pth")):
+    for given, written in (
+        (args.config, "config.py"),
+        (args.config, RUN_CONFIG),
+        (args.checkpoint, "quantized.pth"),
+    ):
         if Path(given).resolve() == (Path(args.work_dir) / written).resolve():
             raise BadInputError(f"--work-dir {args.work_dir}: the run would overwrite {given}; use another folder")
     cfg.work_dir = args.work_dir
@@ -138,7 +142,6 @@ def build_config(args: argparse.Namespace) -> Config:
         dry_run=args.dry_run,
         allow_overlap=args.allow_overlap,
     )
-    # mmengine's Runner writes the config of a run into the work dir, under this name
     return Config(cfg.to_dict(), cfg_text=f"# made from {args.config}", filename=RUN_CONFIG)
 
 

@@ -36,8 +36,8 @@ def quantize_detector(
 
     Raises:
         BadInputError: the model has no config or is quantized already; no images or none of that form; unknown recipe
-            or setting; heads that no task runs in scope 'detector'. The model is as it was, unless a grid of the recipe
-            holds no range factor that a format allows.
+            or setting; heads that no task runs in scope 'detector'. No layer is quantized then, unless a grid of the
+            recipe holds no range factor that a format allows.
         CalibrationError: a quantizer that saw no data, a zero or non-finite gradient; the model is of no use then.
     """
     if not hasattr(model, "cfg"):

@@ -25,7 +25,7 @@ COCO_ITEMS = [
     *("AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_m@1000", "AR_l@1000"),
 ]
 TYPES = (type, FunctionType, BuiltinFunctionType)
-OPENMMLAB = ("mmengine", "mmdet")  # scopes whose names need no prefix where mmdet's is the default
+KNOWN_PACKAGES = ("mmengine", "mmcv", "mmdet", "torch")  # whatever reads a config of mmdet has imported them
 COCO_PROPOSALS = (100, 300, 1000)  # mmdet's default
 
 
@@ -80,6 +80,8 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
         raise BadInputError("the config defines no model with a type")
     own, inherited = _take_quant(cfg), cfg.pop("quant", None)  # of an inherited recipe, which the model may have
     quant = own = inherited if own is None else own
+    if own is not None and not isinstance(own, dict):
+        raise BadInputError(f"the config's 'quant' has to be a dict, got {own!r}")
     if recipe or own is None:
         found = read_recipe(recipe or DEFAULT_RECIPE)
         quant = {**found.quant.to_dict(), **{key: own[key] for key in KEPT if key in (own or {})}}
@@ -103,38 +105,41 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
 def _with_names(cfg: Config) -> Config:
     """A copy of a config whose types are names; lazy configs, such as mmdet's own in ``mmdet/configs``, hold classes.
 
-    A class becomes the name under which it is registered: its path may be that of something else, as a module of
-    losses and a function in it can share a name.
+    A class of theirs becomes the name under which it is registered: its path may be that of something else, as a
+    module of losses and a function in it can share a name.
     """
-    if not _holds_classes(cfg):
+    kept = {key: cfg[key] for key in cfg.to_dict()}  # without what a lazy config has imported
+    if not _holds_types(kept):
         return copy.deepcopy(cfg)
-    named = _map_values(cfg, lambda value: _registered_name(value) if isinstance(value, TYPES) else value)
+    named = _map_values(kept, lambda value: _name_of(value) if isinstance(value, TYPES) else value)
     named["default_scope"] = named.get("default_scope") or "mmdet"
     return Config(named, filename=cfg.filename)
 
 
-def _holds_classes(cfg: Config) -> bool:
-    found = []
-    _map_values(cfg, lambda value: found.append(isinstance(value, TYPES)))
+def _holds_types(value: Any) -> bool:
+    found: list[bool] = []
+    _map_values(value, lambda inner: found.append(isinstance(inner, TYPES)))
     return any(found)
 
 
 def _map_values(value: Any, function: Callable[[Any], Any]) -> Any:
     """Nested containers as they are, all else through ``function``."""
-    if isinstance(value, Mapping | Config):
+    if isinstance(value, Mapping):
         return {key: _map_values(inner, function) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_map_values(inner, function) for inner in value)
     return function(value)
 
 
-def _registered_name(kind: Any) -> str:
-    """The name of a class or function in mmengine's registries or those of its children, or else its path."""
-    for root in (value for value in vars(mmengine.registry).values() if isinstance(value, Registry)):
-        for registry in (root, *root.children.values()):
-            for name, known in registry.module_dict.items():
-                if known is kind:
-                    return name if registry.scope in OPENMMLAB else f"{registry.scope}.{name}"
+def _name_of(kind: Any) -> str:
+    """The name by which mmdet finds a class or function: as its registries know it, or else its path."""
+    if kind.__module__.partition(".")[0] in KNOWN_PACKAGES:  # a path also says what to import
+        for root in (value for value in vars(mmengine.registry).values() if isinstance(value, Registry)):
+            of_mmdet = getattr(root.children.get("mmdet"), "module_dict", {})
+            for modules, prefix in ((of_mmdet, ""), (root.module_dict, f"{root.scope}.")):
+                name = next((name for name, known in modules.items() if known is kind), None)
+                if name is not None:
+                    return f"{prefix}{name}" if of_mmdet.get(name, kind) is not kind else name
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -153,7 +158,7 @@ def _take_quant(cfg: Config) -> dict[str, Any] | None:
     if "quant" in backbone:
         backbone.type = class_name(backbone.type)
         return _seen_from_detector(backbone.pop("quant"))
-    return dict(cfg.model.pop("quant")) if "quant" in cfg.model else None
+    return cfg.model.pop("quant", None)
 
 
 def _seen_from_detector(quant: dict[str, Any]) -> dict[str, Any]:

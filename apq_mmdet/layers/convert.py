@@ -115,7 +115,8 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
 
     Raises:
         BadInputError: the model is quantized already, an override matches no layer, a granularity does not fit, no
-            block can be compensated, or layers whose inputs are divided share a weight. No layer is changed then.
+            block can be compensated, or layers whose inputs are divided share a weight. No layer is quantized then;
+            attention may have got modules of its own for projections and products, the same function up to rounding.
     """
     if next(quantized_layers(model), None) is not None:
         raise BadInputError(f"{type(model).__name__} holds quantized layers already: start from a float model")

@@ -1,4 +1,6 @@
 import copy
+import os
+import random
 
 import pytest
 from helpers import ROOT
@@ -6,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from apq_mmdet.datasets import write_demo_set
-from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder, training_images
+from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder, choose, training_images
 from apq_mmdet.errors import BadInputError
 
 
@@ -24,7 +26,8 @@ def wrapped(cfg):
     cfg = copy.deepcopy(cfg)
     first = cfg.train_dataloader.dataset
     second = {**first, "ann_file": "annotations/instances_val.json", "data_prefix": dict(img="val/")}
-    parts = [dict(type="RepeatDataset", times=2, dataset=first), second, first]
+    again = {**first, "data_root": f"{first.data_root}../data/"}
+    parts = [dict(type="RepeatDataset", times=2, dataset=first), second, again]
     cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=parts)
     return cfg
 
@@ -32,16 +35,22 @@ def wrapped(cfg):
 def test_images_of_all_joined_sets_count_once(cfg):
     """Ids of two sets can be the same."""
     images, metainfo = training_images(wrapped(cfg))
-    assert len(images) == len({path for _, path in images}) == 4 + 3
+    assert len(images) == len({os.path.realpath(path) for _, path in images}) == 4 + 3
     assert metainfo["classes"] == tuple(cfg.metainfo.classes)
     assert len(calibration_from_config(wrapped(cfg), 7, 0)) == 7
     with pytest.raises(BadInputError, match="8 calibration images asked for, the training set holds 7"):
         calibration_from_config(wrapped(cfg), 8, 0)
 
 
-def test_the_rule_for_one_set_is_that_of_the_ids(cfg):
-    images, _ = training_images(cfg)
-    assert [i for i, _ in images] == sorted(i for i, _ in images)
+@pytest.mark.parametrize(
+    ("images", "ordered"),
+    [
+        ([(10, "b"), (2, "a"), (1, "c")], [(1, "c"), (2, "a"), (10, "b")]),
+        ([(1, "b"), ("x", "c"), (1, "a")], [(1, "a"), (1, "b"), ("x", "c")]),
+    ],
+)
+def test_images_are_drawn_in_the_order_of_their_ids(images, ordered):
+    assert choose(images, 3, 5, "") == random.Random(5).sample(ordered, 3)
 
 
 @pytest.mark.parametrize("scope", ["mmdet", None])

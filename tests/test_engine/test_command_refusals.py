@@ -111,9 +111,11 @@ def test_work_dir_that_is_a_file(config, tmp_path, capsys):
         assert re.search(r"--work-dir .*: .*file is a file", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("which", ["config", "checkpoint"])
-def test_what_a_run_reads_is_not_overwritten(config, tmp_path, capsys, which):
-    own = {"config": tmp_path / "config.py", "checkpoint": tmp_path / "quantized.pth"}[which]
+@pytest.mark.parametrize(
+    ("which", "name"), [("config", "config.py"), ("config", "run_config.py"), ("checkpoint", "quantized.pth")]
+)
+def test_what_a_run_reads_is_not_overwritten(config, tmp_path, capsys, which, name):
+    own = tmp_path / name
     own.write_bytes(Path({"config": config, "checkpoint": CHECKPOINT}[which]).read_bytes())
     before = own.read_bytes()
     args = {"config": str(config), "checkpoint": str(CHECKPOINT)} | {which: str(own)}

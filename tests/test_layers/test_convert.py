@@ -138,7 +138,7 @@ def test_quantizers_are_where_their_layers_are():
         ("apq", dict(pattern="*blocks.1*.qkv", weight=dict(granularity=5)), "granularity 5 does not fit"),
     ],
 )
-def test_a_refused_model_is_as_it_was(name, override, message):
+def test_no_layer_of_a_refused_model_is_quantized(name, override, message):
     """The last of its layers was refused once, when the others had been converted."""
     model, untouched = build_swin(), build_swin()
     with pytest.raises(BadInputError, match=message):
