@@ -31,6 +31,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_target(path: Path) -> None:
+    """Raise BadInputError where no file can be written to ``path``: it is a folder, or below a file."""
+    if path.is_dir():
+        raise BadInputError(f"{path} is a folder; name a file to write")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise BadInputError(f"{path} cannot be written: {there} is a file")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Atomic, indented JSON."""
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -14,7 +14,10 @@ SUPPORTED = {
 }
 
 
-def _parse(version: str) -> tuple[int, ...]:
+OLDEST_TIMM = "1.0.31"  # which is optional
+
+
+def parse(version: str) -> tuple[int, ...]:
     numbers = []
     for part in version.split("+")[0].split(".")[:3]:
         digits = "".join(c for c in part if c.isdigit())
@@ -34,7 +37,7 @@ def check_versions() -> None:
             version = import_module(name).__version__
         except ImportError as error:
             raise ImportError(f"apq_mmdet needs {name} >={first},<{last}, and importing it failed: {error}") from error
-        if not _parse(first) <= _parse(version) < _parse(last):
+        if not parse(first) <= parse(version) < parse(last):
             raise ImportError(
                 f"apq_mmdet needs {name} >={first},<{last}; {name} {version} is imported here. "
                 f"Install a fitting version or see 'Installation' in the README."

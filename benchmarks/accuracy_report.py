@@ -36,8 +36,8 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def percent(row: Row, task: str, kind: str = "metrics") -> float:
-    """AP of a row in percent."""
-    return 100 * row[kind][f"coco/{task}_mAP"]
+    """AP of a row in percent; mmdet gives none of a run without a single detection."""
+    return 100 * row[kind].get(f"coco/{task}_mAP", 0.0)
 
 
 def box_and_mask(rows: Sequence[Row], kind: str = "metrics") -> str:

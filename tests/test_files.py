@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
+from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -181,3 +181,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_equal_content_gives_equal_bytes():
     assert tensor_bytes({"a": torch.ones(3)}) == tensor_bytes({"a": torch.ones(3)})
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path):
+    check_target(tmp_path / "new" / "folder" / "file.pth")
+    (tmp_path / "file").touch()
+    check_target(tmp_path / "file")
+    with pytest.raises(BadInputError, match="is a folder; name a file"):
+        check_target(tmp_path)
+    with pytest.raises(BadInputError, match=r"below cannot be written: .*file is a file"):
+        check_target(tmp_path / "file" / "below")

@@ -62,7 +62,7 @@ def main() -> int:
     data = args.work_dir / "data"
     write_demo_set(data, seed=0, num_train=max(args.num_calib, 32), num_val=args.num_val, workers=2)
     name = f"{args.detector}_swin-demo"
-    config, checkpoint = data / f"{name}.py", ROOT / "demo" / f"{name}.pth"
+    config, checkpoint = args.work_dir / f"demo_{name}.py", ROOT / "demo" / f"{name}.pth"
     write_config(config, ROOT / "configs" / "demo" / f"{name}.py", data)
     rows = []
     for bits in BITS:

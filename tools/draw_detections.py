@@ -11,6 +11,7 @@ from mmdet.registry import VISUALIZERS
 
 from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import check_target
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,9 +79,12 @@ def draw(args: argparse.Namespace) -> None:
     """All models side by side."""
     if cv2.imread(args.image) is None:
         raise BadInputError(f"{args.image} is no image that can be read")
+    check_target(args.out)
     panels = [panel(*model, args) for model in read_models(args.models)]
     gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
-    cv2.imwrite(str(args.out), np.hstack([part for p in panels for part in (p, gap)][:-1]))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(args.out), np.hstack([part for p in panels for part in (p, gap)][:-1])):
+        raise OSError(f"could not write {args.out}")
     print(f"{args.out} written")
 
 

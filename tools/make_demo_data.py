@@ -9,6 +9,8 @@ from pathlib import Path
 from apq_mmdet.datasets import write_demo_set
 from apq_mmdet.datasets.preview import contact_sheet
 from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.engine.options import check_seed
+from apq_mmdet.errors import BadInputError
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,6 +36,10 @@ def write(args: argparse.Namespace) -> None:
     if args.preview:
         contact_sheet(args.preview, args.seed)
         return
+    check_seed(args.seed)
+    for option in ("num_train", "num_val", "workers"):
+        if getattr(args, option) < 1:
+            raise BadInputError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
     written = write_demo_set(args.out, args.seed, args.num_train, args.num_val, args.workers)
     print(f"{args.out}: {'written' if written else 'already complete, nothing to do'}")
 

@@ -19,12 +19,17 @@ def register_block(*classes: type[nn.Module]) -> None:
 
 
 def partition(model: nn.Module) -> dict[str, nn.Module]:
-    """Blocks that hold quantizers, by name; a quantized layer outside every block class is a block of its own."""
+    """Blocks that hold quantizers, by name; a quantized layer outside every block class is a block of its own.
+
+    A module that has several names is known by the first.
+    """
     blocks: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
 
     def walk(name: str, module: nn.Module) -> None:
-        if not quantizers_of(module):
+        if module in seen or not quantizers_of(module):
             return
+        seen.add(module)
         if isinstance(module, (QuantizedLayer, *BLOCK_CLASSES)):
             blocks[name] = module
             return

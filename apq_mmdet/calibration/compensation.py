@@ -244,14 +244,16 @@ def _watched(module: nn.Module, layer: QuantizedLayer, tile: UnitCall) -> tuple[
 def _columns(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """What each output position multiplies with the weight, [positions, K]."""
     if layer.kind == "Linear":
-        return x.flatten(0, -2)
+        return x.reshape(-1, x.shape[-1])
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [B, K, L]
     return patches.transpose(1, 2).flatten(0, 1)
 
 
 def _positions(layer: QuantizedLayer, output: Tensor) -> Tensor:
     """[positions, N], in the order of ``_columns``."""
-    return output.flatten(0, -2) if layer.kind == "Linear" else output.flatten(2).transpose(1, 2).flatten(0, 1)
+    if layer.kind == "Linear":
+        return output.reshape(-1, output.shape[-1])
+    return output.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: CompensationConfig) -> float:

@@ -69,7 +69,7 @@ def _layer_call(
     """A layer's units are the entries of the first axis, for a Linear the tokens of all axes."""
     inputs = tuple(a.detach() for a in args)
     if layer.kind == "Linear":
-        inputs = tuple(x.flatten(0, -2) for x in inputs)
+        inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
         units = len(inputs[0])
     else:
         units = len(output)

@@ -192,7 +192,8 @@ def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Ex
         if not x.numel():
             return
         axis = -3 if isinstance(key[0], nn.Conv2d) else -1
-        low, high = x.detach().movedim(axis, -1).flatten(0, -2).aminmax(dim=0)
+        by_channel = x.detach().movedim(axis, -1)
+        low, high = by_channel.reshape(-1, by_channel.shape[-1]).aminmax(dim=0)
         if key in seen:
             low, high = torch.minimum(low, seen[key][0]), torch.maximum(high, seen[key][1])
         seen[key] = (low, high)

@@ -72,7 +72,7 @@ class CalibrationImages(Sequence):
         if shared and not allowed:
             raise BadInputError(
                 f"{len(shared)} of {len(self)} calibration images are evaluated images, e.g. {min(shared)}; "
-                f"calibrate on training images or on another folder; --allow-overlap accepts the AP of seen images"
+                f"calibrate on training images or on another folder"
             )
         return len(shared)
 

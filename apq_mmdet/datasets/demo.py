@@ -26,6 +26,7 @@ from .shapes import CLASSES
 
 SPLITS = ("train", "val")
 STAMP = "demo.json"  # tells which demo set a folder holds
+KEYS = {"format", "seed", "train", "val"}  # of the stamp
 JPEG_QUALITY = 95
 FORMAT = 1  # raise when drawing changes: older data on disk is then not taken for complete
 
@@ -64,10 +65,11 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
     Raises:
         BadInputError: ``out`` holds anything but a demo set.
     """
+    out = out.resolve()  # a link is followed, and "." has a name
     stamp = {"format": FORMAT, "seed": seed, "train": num_train, "val": num_val}
     if is_complete(out, stamp):
         return False
-    if out.exists() and not (out.is_dir() and ((out / STAMP).is_file() or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir() and _holds_demo_set(out)):
         raise BadInputError(f"{out} holds something other than a demo set; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
@@ -81,10 +83,26 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
     return True
 
 
+def _holds_demo_set(out: Path) -> bool:
+    """Whether all that a folder holds is a demo set, complete or not; so it is where there is nothing."""
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return True
+    return STAMP in names and names <= {STAMP, "annotations", "train", "val"} and _stamp_of(out).keys() == KEYS
+
+
+def _stamp_of(out: Path) -> dict[str, Any]:
+    """What the stamp of a folder says; empty where it is none of ours."""
+    try:
+        stamp = json.loads((out / STAMP).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
 def is_complete(out: Path, stamp: dict[str, int]) -> bool:
     """Whether `out` holds the set that `stamp` describes; the stamp is written last."""
-    path = out / STAMP
-    return path.is_file() and json.loads(path.read_text()) == stamp
+    return _stamp_of(out) == stamp
 
 
 def _write_split(root: Path, split: str, number: int, seed: int, workers: int) -> None:

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import difflib
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if broken:
         raise BadInputError(f"checkpoint {path}: weights {broken[0]!r} hold NaN or infinity ({len(broken)} such)")
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
+    if "adapt_layer_scale" in inspect.signature(convert).parameters:  # of DeiT III, whose factors have other names
+        convert = partial(convert, adapt_layer_scale=True)
     other = f"checkpoint {path} is of another architecture than the model: it"
     try:
         found = model.load_state_dict(convert(state, model), strict=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 from apq_mmdet.engine.checkpoint import META_KEY
 from apq_mmdet.engine.quantized_config import read_config
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
+from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
 from apq_mmdet.layers.base import quantized_layers
 from apq_mmdet.layers.state import VERSION_KEY
 
@@ -96,6 +96,7 @@ def convert_file(source: str, target: Path, config: str | None = None) -> Conver
     Raises:
         BadInputError: no checkpoint of a kind that is converted here, or one that does not fit the config.
     """
+    check_target(target)
     conversion = convert(safe_load(source), source)
     if target.exists() and target.samefile(source):
         raise BadInputError(f"{target} is the source itself; name another file to write")

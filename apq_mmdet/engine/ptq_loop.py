@@ -111,7 +111,10 @@ class PTQLoop(TestLoop):
             missing = next((p for p in evaluated if not Path(p).is_file()), None)
             if missing:
                 raise BadInputError(f"evaluation image {missing} does not exist")
-            self.seen = images.overlap(evaluated, self.allow_overlap)
+            try:
+                self.seen = images.overlap(evaluated, self.allow_overlap)
+            except BadInputError as error:
+                raise BadInputError(f"{error}; --allow-overlap accepts the AP of seen images") from error
         return images
 
     def _describe_run(self) -> dict[str, Any]:

@@ -154,4 +154,10 @@ def _merge_projections(
             state.update(zip((f"{prefix}{name}_weight" for name in PROJECTIONS), parts, strict=True))
 
 
+def keep_tensors_whole(encoder: nn.TransformerEncoder) -> None:
+    """Let an encoder never pack padded sequences into nested tensors, which its fused kernel alone understands."""
+    encoder.use_nested_tensor = False
+
+
 ATTENTION[nn.MultiheadAttention] = use_projection_and_product_modules
+ATTENTION[nn.TransformerEncoder] = keep_tensors_whole

@@ -4,6 +4,9 @@ from importlib import import_module
 from types import ModuleType
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.versions import OLDEST_TIMM, parse
+
+INSTALL = f"pip install 'timm>={OLDEST_TIMM}'"
 
 
 def import_timm() -> ModuleType:
@@ -12,13 +15,15 @@ def import_timm() -> ModuleType:
     Whoever has a timm model already may ``import apq_mmdet.models.timm_layers`` instead, before ``quantize_model``.
 
     Raises:
-        BadInputError: timm is not installed.
+        BadInputError: timm is not installed, or too old.
     """
     try:
         timm = import_module("timm")
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
-        raise BadInputError("a timm model is asked for and timm is not installed: pip install timm") from error
+        raise BadInputError(f"a timm model is asked for and timm is not installed: {INSTALL}") from error
+    if parse(timm.__version__) < parse(OLDEST_TIMM):
+        raise BadInputError(f"timm >= {OLDEST_TIMM} is needed and {timm.__version__} is installed: {INSTALL}")
     import_module("apq_mmdet.models.timm_layers")
     return timm

@@ -17,14 +17,17 @@ from timm.layers import (
     maybe_add_mask,
     resolve_self_attn_mask,
 )
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, register_block
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.sampling import register_sampler
-from apq_mmdet.layers.convert import ATTENTION, INLINE
+from apq_mmdet.layers.convert import ATTENTION, FLOAT_REASONS, INLINE
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.models import timm_compensation, timm_transforms, timm_views  # noqa: F401  (registered with it)
 from apq_mmdet.models.mmdet_layers import position_bias
@@ -97,10 +100,23 @@ def use_product_modules(attention: Attention) -> None:
     _use_product_modules(attention, ProductAttention)
 
 
+class UncalledLinear(nn.Linear):
+    """A linear layer whose weight its attention uses without calling it: a quantized one would never see its input."""
+
+
+def leave_query_key_value_float(attention: nn.Module) -> None:
+    """Mark the projection of an attention whose biases of query, key and value lie apart from it."""
+    if attention.qkv is not None and attention.q_bias is not None:
+        attention.qkv.__class__ = UncalledLinear
+
+
+WITH_BIASES_APART = (BeitAttention, EvaAttention, WindowAttentionV2)
+ATTENTION.update(dict.fromkeys(WITH_BIASES_APART, leave_query_key_value_float))
+FLOAT_REASONS["UncalledLinear"] = "its attention uses the weight without calling it"
 ATTENTION[WindowAttention] = use_window_product_modules
 ATTENTION[Attention] = use_product_modules
 OTHERS = (AttentionPoolLatent, AttentionRope, DiffAttention, DiffParallelScalingBlock, ParallelScalingBlock)
-INLINE.update(dict.fromkeys(OTHERS, "its two products of attention have no modules"))
+INLINE.update(dict.fromkeys((*OTHERS, *WITH_BIASES_APART), "its two products of attention have no modules"))
 
 
 @register_sampler(SwinTransformerBlock)

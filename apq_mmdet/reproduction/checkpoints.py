@@ -10,6 +10,7 @@ from urllib.error import URLError
 import torch.hub
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import safe_load
 from apq_mmdet.reproduction.rows import Detector
 
 
@@ -61,10 +62,16 @@ def download(detector: Detector, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     print(f"downloading {detector.weights}", flush=True)
+    partial, expected = path.with_name(f"{path.name}.part"), expected_sha256(detector)
     try:
-        torch.hub.download_url_to_file(detector.weights, str(path), hash_prefix=expected_sha256(detector))
-    except (URLError, TimeoutError, ConnectionError, RuntimeError, ValueError) as error:
+        torch.hub.download_url_to_file(detector.weights, str(partial), hash_prefix=expected)
+        if expected is None:  # a connection that breaks off is no error by itself
+            safe_load(partial)
+        partial.replace(path)
+    except (URLError, TimeoutError, ConnectionError, RuntimeError, ValueError, BadInputError) as error:
         raise BadInputError(f"{detector.weights} cannot be downloaded to {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def verify(detector: Detector, folder: Path) -> Checkpoint:

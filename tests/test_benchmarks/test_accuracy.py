@@ -292,3 +292,9 @@ def test_committed_rows_give_a_report_and_plots(tmp_path):
 def test_plots_of_no_rows_are_none(tmp_path):
     draw_plots([], tmp_path / "images")
     assert not (tmp_path / "images").exists()
+
+
+def test_a_run_without_a_detection_has_no_ap(tmp_path):
+    shutil.copy(ROOT / "benchmarks/results/published_coco.json", tmp_path)
+    page = render([{**row(0, 0), "metrics": {}}], tmp_path)
+    assert "| `minmax` | 32 | 0.0 / 0.0 |" in page

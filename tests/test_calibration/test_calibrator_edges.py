@@ -6,6 +6,7 @@ from helpers import build_swin, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration import FeatureTask, calibrate
+from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.errors import CalibrationError, UncalibratedError
 from apq_mmdet.layers import quantize_model, quantizers_of
 
@@ -84,3 +85,33 @@ def test_layers_without_a_say_keep_their_observed_ranges(metric, monkeypatch):
     factors = calibrate(model, [torch.randn(30, 4)], settings, FirstOutput()).blocks[0].factors
     assert (factors["unheard.weight"], factors["unheard.input"]) == (1.0, 1.0)
     assert (factors["heard.weight"], factors["heard.input"]) != (1.0, 1.0)
+
+
+class Shared(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.again = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.again(self.first(x).relu())
+
+
+@pytest.mark.parametrize("name", ["apq_plus", "erq", "brecq"])
+def test_a_layer_that_has_two_names_is_one_block(name):
+    settings = recipe(name, w_bits=3, a_bits=3)
+    model = Shared()
+    quantize_model(model, settings.policy)
+    assert list(partition(model)) == ["first"]
+    report = calibrate(model, [torch.randn(9, 4) for _ in range(2)], settings)
+    assert [block.block for block in report.blocks] == ["first"]
+
+
+@pytest.mark.parametrize("name", ["apq_plus", "isvit"])
+def test_a_linear_layer_takes_vectors(name):
+    settings = recipe(name)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(4) for _ in range(3)], settings)
+    assert model(torch.randn(4)).shape == (3,)

@@ -65,6 +65,33 @@ def test_foreign_folder_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "annotations/instances_train2017.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("stamp", "more"),
+    [('{"name": "my app"}', ()), ("no JSON", ()), ('{"format": 1, "seed": 0, "train": 2, "val": 1}', ("thesis.txt",))],
+)
+def test_a_file_of_the_stamps_name_makes_no_demo_set(tmp_path: Path, stamp: str, more: tuple[str, ...]) -> None:
+    (tmp_path / "demo.json").write_text(stamp)
+    for name in more:
+        (tmp_path / name).write_text("irreplaceable")
+    before = contents(tmp_path)
+    with pytest.raises(BadInputError, match="something other than a demo set"):
+        write_demo_set(tmp_path, seed=0, num_train=1, num_val=1)
+    assert contents(tmp_path) == before
+
+
+def test_links_are_followed_and_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert write_demo_set(tmp_path / "link", seed=0, num_train=1, num_val=1)
+    assert (tmp_path / "real" / "demo.json").is_file()
+    monkeypatch.chdir(tmp_path / "real")
+    assert not write_demo_set(Path("."), seed=0, num_train=1, num_val=1)
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    assert write_demo_set(Path("."), seed=0, num_train=1, num_val=1)
+    assert (tmp_path / "new" / "demo.json").is_file()
+
+
 def test_images_have_the_stated_sizes(demo_set: Path, val: COCO) -> None:
     assert len(val.getImgIds()) == NUM_VAL
     for image in val.loadImgs(val.getImgIds()):

@@ -161,3 +161,22 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="cannot be loaded safely"):
         loads_into(VIT, tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_factors_of_deit_3_have_other_names(tmp_path):
+    name, small = "deit3_small_patch16_224", dict(img_size=32, embed_dim=32, depth=1, num_heads=2)
+    model = build_classifier(name, small)
+    state = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): 2 * value
+        for key, value in model.state_dict().items()
+    }
+    assert "blocks.0.gamma_1" in state
+    torch.save({"model": state}, tmp_path / "deit3.pth")
+    load_weights(model, tmp_path / "deit3.pth")
+    assert torch.equal(model.blocks[0].ls1.gamma, state["blocks.0.gamma_1"])
+
+
+def test_an_old_timm_is_refused(monkeypatch):
+    monkeypatch.setattr("timm.__version__", "1.0.19")
+    with pytest.raises(BadInputError, match=r"timm >= 1.0.31 is needed and 1.0.19 is installed: pip install"):
+        build_classifier(VIT, {})

@@ -237,3 +237,17 @@ def test_its_own_state_dict_loads_again():
     x = torch.randn(1, 6, CHANNELS)
     with torch.no_grad():
         assert torch.equal(model(x), other(x))
+
+
+def test_a_padded_sequence_goes_through_an_encoder():
+    """torch packs it into a nested tensor for a kernel that the modules replace."""
+    layer = nn.TransformerEncoderLayer(CHANNELS, HEADS, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).double().eval()
+    x, padding = torch.randn(BATCH, KEYS, CHANNELS, dtype=torch.float64), torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[1, 5:] = True
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=padding)
+        module = quantized(encoder)
+        with float_only(module):
+            found = module(x, src_key_padding_mask=padding)
+    assert torch.allclose(found[~padding], expected[~padding], rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@ import copy
 from functools import partial
 
 import pytest
+import timm
 import timm_models
 import torch
 from helpers import recipe, short_grids
@@ -35,6 +36,27 @@ def random_(module):
 
 
 # -- attention --------------------------------------------------------------------------------------------------
+
+
+UNCALLED = {
+    "beit_base_patch16_224": dict(img_size=32, embed_dim=16, depth=1, num_heads=2),
+    "swinv2_tiny_window8_256": dict(img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2)),
+    "eva02_tiny_patch14_224": dict(img_size=28, embed_dim=16, depth=1, num_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", UNCALLED)
+def test_projections_that_are_not_called_are_said_to_stay_float(name):
+    """No data would reach their quantizers, and no codes the product."""
+    model = timm.create_model(name, **UNCALLED[name]).eval()
+    image, settings = torch.randn(1, 3, *model.patch_embed.img_size), recipe("minmax")
+    expected = model(image)
+    rows = {row.layer: row for row in quantize_model(model, settings.policy) if row.layer.endswith("qkv")}
+    assert rows
+    assert {row.reason for row in rows.values()} == {"its attention uses the weight without calling it"}
+    with float_only(model):
+        assert torch.equal(model(image), expected)
+    assert calibrate(model, [image], settings).left_float == []
 
 
 @pytest.mark.parametrize("windows", [None, 3], ids=["plain", "masked"])

@@ -5,8 +5,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import tensor_bytes
 from apq_mmdet.reproduction.checkpoints import download, expected_sha256, file_of, refuse_missing, verify
 from apq_mmdet.reproduction.rows import Detector
 
@@ -90,6 +92,18 @@ def test_a_failed_download_leaves_nothing(server, tmp_path, name, message):
         download(wanted, folder)
     assert not file_of(wanted, folder).exists()
     assert list(folder.iterdir()) == []
+
+
+def test_a_download_without_a_digest_that_broke_off_leaves_nothing(server, tmp_path):
+    folder, wanted = tmp_path / "folder", detector(f"{server}/detector.pth")
+    whole = tensor_bytes({"weights": torch.zeros(100)})
+    (tmp_path / "served" / "detector.pth").write_bytes(whole[:500])
+    with pytest.raises(BadInputError, match="cannot be loaded safely"):
+        download(wanted, folder)
+    assert list(folder.iterdir()) == []
+    (tmp_path / "served" / "detector.pth").write_bytes(whole)
+    download(wanted, folder)
+    assert [path.name for path in folder.iterdir()] == ["detector.pth"]
 
 
 def test_an_address_that_does_not_answer(tmp_path):
