@@ -4,6 +4,7 @@ Two kinds: detectors of Microsoft's Swin-Transformer-Object-Detection (mmdet 2.1
 detectors of mmdet 2.x, whose keys mmdet 3 kept outside the DETR and MaskFormer families.
 """
 
+import contextlib
 import math
 import re
 from collections import Counter, OrderedDict
@@ -133,6 +134,10 @@ def convert(content: Any, path: str) -> Conversion:
             raise BadInputError(f"checkpoint {path}: {source!r} and another key both become {target!r}")
         names[source] = target
         reorder = kind == MICROSOFT and ".downsample." in target
+        if reorder and (not value.dim() or value.shape[-1] % 4):
+            raise BadInputError(
+                f"checkpoint {path}: {source!r} is not of four patches, its shape is {list(value.shape)}"
+            )
         converted[target] = merged_by_channel(value) if reorder else value
     derived = _complete_position_indices(converted, path)
     version = meta.get("mmdet_version")
@@ -198,7 +203,8 @@ def _weights(content: Any, path: str) -> dict[str, Tensor]:
     state = content
     if isinstance(content, dict):
         state = content.get("state_dict", content.get("model", content))
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    weights = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not weights or not state:
         raise BadInputError(f"{path} is no checkpoint of a detector: it holds no state_dict")
     return state
 
@@ -277,8 +283,8 @@ def _dataset_meta(meta: dict[str, Any], state: dict[str, Tensor]) -> dict[str, A
     known: dict[str, Any] = {}
     if isinstance(meta.get("CLASSES"), list | tuple):
         known["classes"] = tuple(str(name) for name in meta["CLASSES"])
-        if isinstance(meta.get("PALETTE"), list | tuple):
-            known["palette"] = [tuple(int(part) for part in colour) for colour in meta["PALETTE"]]
+        with contextlib.suppress(TypeError, ValueError):  # none, or no colours
+            known["palette"] = [tuple(int(part) for part in colour) for colour in meta.get("PALETTE")]
     else:
         boxes = [len(value) - 1 for key, value in state.items() if key.endswith(".fc_cls.bias")]  # + background
         known = dict(CocoDataset.METAINFO) if set(boxes) == {COCO_CLASSES} else {}

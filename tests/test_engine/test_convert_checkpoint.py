@@ -203,6 +203,8 @@ def test_class_names_are_coco_s_only_for_80_classes():
     assert len(convert({"state_dict": state}, "a.pth").meta["dataset_meta"]["classes"]) == 80
     named = convert({"state_dict": state, "meta": {"CLASSES": ["x"] * 80}}, "a.pth")
     assert named.meta["dataset_meta"] == {"classes": ("x",) * 80}
+    colourless = convert({"state_dict": state, "meta": {"CLASSES": ["x"] * 80, "PALETTE": [None]}}, "a.pth")
+    assert colourless.meta["dataset_meta"] == {"classes": ("x",) * 80}
     for stage in range(3):
         state[f"roi_head.bbox_head.{stage}.fc_cls.bias"] = torch.zeros(80)
     other = convert({"state_dict": state}, "a.pth")
@@ -270,6 +272,11 @@ REFUSED = {
         r"stages\.1.*not the one of square windows",
     ),
     "oblong windows": (lambda old, new: {"state_dict": oblong(old)}, r"stages\.1.*not the one of square windows"),
+    "three patches": (
+        lambda old, new: {"state_dict": old | {"backbone.layers.0.downsample.norm.weight": torch.ones(3)}},
+        r"layers\.0\.downsample\.norm\.weight' is not of four patches, its shape is \[3\]",
+    ),
+    "numbers for names": (lambda old, new: {"state_dict": {1: torch.ones(1)}}, "holds no state_dict"),
     "two keys for one": (
         lambda old, new: {"state_dict": old | {"module.neck.fpn_convs.0.conv.bias": torch.ones(1)}},
         r"'module\.neck.*both become 'neck\.fpn_convs\.0\.conv\.bias'",
@@ -356,5 +363,7 @@ def test_what_the_tool_refuses(tool, demo, tmp_path, capsys):
     (tmp_path / "empty.py").write_text("a = 1\n")
     assert "no model can be built" in refused(source, tmp_path / "new.pth", "--config", tmp_path / "empty.py")
     assert "is the source itself" in refused(source, source)
+    assert "is a folder" in refused(source, tmp_path)
+    assert "old.pth is a file" in refused(source, source / "below.pth")
     assert source.read_bytes() == content
     assert [path.name for path in tmp_path.glob("*.pth")] == ["old.pth"]
