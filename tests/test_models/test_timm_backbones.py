@@ -140,7 +140,7 @@ def test_bad_arguments(settings, message):
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(BadInputError, match="pip install timm"):
+    with pytest.raises(BadInputError, match="pip install 'timm>="):
         TimmBackbone(NAMES["vit"])
 
 
