@@ -26,7 +26,7 @@ from apq_mmdet.engine.classification import (
 )
 from apq_mmdet.engine.command import choose_device
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.options import KeyValues, check_seed, check_work_dir
+from apq_mmdet.engine.options import KeyValues, check_seed, check_work_dir, refuse_idle_keys
 from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, read_recipe
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, quantize_model
@@ -95,10 +95,7 @@ def read_quant(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BadInputError: unknown recipe, bits out of range, or an option that does not fit.
     """
-    for key in args.cfg_options or {}:
-        if not key.startswith("quant."):
-            name = key.removeprefix("model.").removeprefix("quant.")
-            raise BadInputError(f"--cfg-options {key} would change nothing here: write quant.{name}")
+    refuse_idle_keys(args.cfg_options, lambda key: not key.startswith("quant."), "quant.")
     cfg = read_recipe(args.recipe)
     for key in ("w_bits", "a_bits"):
         if getattr(args, key) is not None:

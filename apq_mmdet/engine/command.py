@@ -14,7 +14,7 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.options import KeyValues, check_memory_budget, check_seed, check_work_dir, refuse_keys_under
+from apq_mmdet.engine.options import KeyValues, check_memory_budget, check_seed, check_work_dir, refuse_idle_keys
 from apq_mmdet.engine.quantized_config import quantized_config, read_config, with_ptq_loop
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
@@ -106,7 +106,7 @@ def build_config(args: argparse.Namespace) -> Config:
     memory_budget = check_memory_budget(args.memory_budget)
     check_seed(args.seed)
     check_work_dir(args.work_dir)
-    refuse_keys_under(args.cfg_options, "quant.", "model.quant.")
+    refuse_idle_keys(args.cfg_options, lambda key: key.startswith("quant."), "model.quant.")
     if args.scope:
         settings["scope"] = args.scope
     cfg = quantized_config(read_config(args.config), args.recipe, settings)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,17 @@ def check_work_dir(folder: str | Path) -> None:
         raise BadInputError(f"--work-dir {folder}: {there} is a file")
 
 
-def refuse_keys_under(options: dict[str, Any] | None, wrong: str, right: str) -> None:
+def refuse_idle_keys(options: dict[str, Any] | None, idle: Callable[[str], bool], right: str) -> None:
     """Raise BadInputError for a ``--cfg-options`` key that would change nothing.
 
     Args:
-        wrong: beginning of such keys.
-        right: what they have to begin with instead.
+        idle: whether a key is one of those.
+        right: what keys have to begin with instead.
     """
     for key in options or {}:
-        if key.startswith(wrong):
-            raise BadInputError(
-                f"--cfg-options {key} would change nothing here: write {right}{key.removeprefix(wrong)}"
-            )
+        if idle(key):
+            name = key.removeprefix("model.").removeprefix("quant.")
+            raise BadInputError(f"--cfg-options {key} would change nothing here: write {right}{name}")
 
 
 class KeyValues(DictAction):

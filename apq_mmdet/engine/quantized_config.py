@@ -109,17 +109,11 @@ def _with_names(cfg: Config) -> Config:
     module of losses and a function in it can share a name.
     """
     kept = {key: cfg[key] for key in cfg.to_dict()}  # without what a lazy config has imported
-    if not _holds_types(kept):
-        return copy.deepcopy(cfg)
     named = _map_values(kept, lambda value: _name_of(value) if isinstance(value, TYPES) else value)
+    if named == kept:
+        return copy.deepcopy(cfg)
     named["default_scope"] = named.get("default_scope") or "mmdet"
     return Config(named, filename=cfg.filename)
-
-
-def _holds_types(value: Any) -> bool:
-    found: list[bool] = []
-    _map_values(value, lambda inner: found.append(isinstance(inner, TYPES)))
-    return any(found)
 
 
 def _map_values(value: Any, function: Callable[[Any], Any]) -> Any:
