@@ -1,19 +1,23 @@
 """Real processes (gloo): the result must not depend on their number."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers import build_swin, in_processes, process_group, recipe, short_grids
 
-from apq_mmdet.calibration import calibrate
-from apq_mmdet.calibration.distributed import SHARD, by_shard, own_images
+from apq_mmdet.calibration import calibrate, distributed, units
+from apq_mmdet.calibration.distributed import by_shard, own_images
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model
 
+SHARD = 3  # fewer than in use: as many shards with fewer images
 IMAGES = 2 * SHARD + 2  # three shards
-FEW = 3  # one shard: all but one process have no image
+FEW = SHARD  # one shard: all but one process have no image
 # recipe, bits of weights and of activations, images; apq_plus changes weights and, at 3 bits, measures tokens
 RUNS = [
     ("apq", 4, 4, IMAGES),
@@ -23,6 +27,12 @@ RUNS = [
     ("qwt", 4, 4, IMAGES),
 ]
 DEALT = {1: 10, 2: 20, 3: None, 4: 40, 6: 60}  # values of shards: some are missing, one says nothing
+
+
+@contextmanager
+def small_shards() -> Iterator[None]:
+    with patch.object(distributed, "SHARD", SHARD), patch.object(units, "SHARD", SHARD):
+        yield
 
 
 def calibrated(name: str, w_bits: int, a_bits: int, images: int) -> dict[str, torch.Tensor]:
@@ -38,14 +48,15 @@ def calibrated(name: str, w_bits: int, a_bits: int, images: int) -> dict[str, to
 
 
 def work(rank: int, processes: int, port: int, folder: str) -> None:
-    with process_group(rank, processes, port):
+    with process_group(rank, processes, port), small_shards():
         dealt = list(by_shard(pair for pair in DEALT.items() if pair[0] % processes == rank))
         torch.save([own_images(IMAGES), dealt, {made: calibrated(*made) for made in RUNS}], f"{folder}/{rank}.pth")
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[tuple[str, int, int, int], dict[str, torch.Tensor]]:
-    return {made: calibrated(*made) for made in RUNS}
+    with small_shards():
+        return {made: calibrated(*made) for made in RUNS}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
