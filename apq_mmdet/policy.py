@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from apq_mmdet.checks import check_bool, check_dict, refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.registry import QUANTIZERS
 
@@ -16,27 +17,11 @@ MIN_BITS, MAX_BITS = 2, 8
 BITS_KEYS = ("bits", "most_bits")
 
 
-def refuse_unknown(keys: Any, known: Any, where: str) -> None:
-    """Raise BadInputError with the nearest known key if ``keys`` holds an unknown one."""
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
-            raise BadInputError(f"{where}: unknown key {key!r}; {hint}")
-
-
 def check_bits(bits: Any, where: str) -> int:
     """Return ``bits`` if it is a whole number from 2 to 8, else raise BadInputError."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise BadInputError(f"{where}: bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
     return bits
-
-
-def check_bool(value: Any, where: str) -> bool:
-    """Return ``value`` if it is True or False, else raise BadInputError."""
-    if not isinstance(value, bool):
-        raise BadInputError(f"{where}: expected True or False, got {value!r}")
-    return value
 
 
 def check_pattern(pattern: Any, where: str) -> str:
@@ -103,9 +88,7 @@ class Rule:
     @classmethod
     def from_dict(cls, rule: dict[str, Any], where: str) -> "Rule":
         """Parse ``dict(pattern=, kind=, float=, bits=, most_bits=, <role>=fields of a QuantizerSpec)``."""
-        if not hasattr(rule, "keys"):
-            raise BadInputError(f"{where}: expected dict(pattern=..., ...), got {rule!r}")
-        rule = dict(rule)
+        rule = check_dict(rule, where, "dict(pattern=..., ...)")
         refuse_unknown(rule, ("pattern", "kind", "float", "bits", "most_bits", *ROLES), where)
         kind = rule.get("kind")
         if kind is not None:
@@ -131,9 +114,7 @@ class Rule:
 
 def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:
     where = f"{where}.{role}"
-    if not hasattr(given, "keys"):
-        raise BadInputError(f"{where}: expected dict(bits=..., format=..., ...) or None, got {given!r}")
-    given = dict(given)
+    given = check_dict(given, where, "dict(bits=..., format=..., ...) or None")
     refuse_unknown(given, [f.name for f in fields(QuantizerSpec)], where)
     if "bits" in given:
         check_bits(given["bits"], where)
@@ -179,9 +160,7 @@ class Policy:
             policy[key] = check_bits(policy.get(key, 8), f"{where}.{key}")
         refuse_unknown([policy.get("scope", "backbone")], SCOPES, f"{where}.scope")
         for key in ("formats", "overrides"):
-            rules = policy.get(key, {})
-            if not hasattr(rules, "items"):
-                raise BadInputError(f"{where}.{key}: expected dict(name=dict(pattern=..., ...)), got {rules!r}")
+            rules = check_dict(policy.get(key, {}), f"{where}.{key}", "dict(name=dict(pattern=..., ...))")
             policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
         check_bool(policy.get("output_compensation", False), f"{where}.output_compensation")
         return cls(**policy)

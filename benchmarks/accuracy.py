@@ -43,9 +43,9 @@ from accuracy_grid import (
 from accuracy_plots import draw_plots
 from accuracy_report import box_and_mask, write_report
 
+from apq_mmdet.checks import refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_json
-from apq_mmdet.policy import refuse_unknown
 
 DATA = ROOT / "data" / "demo"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,8 +66,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS, metavar="NAME")
-    add("--grounds", nargs="+", choices=GROUNDS, default=GROUNDS, help="checkpoints: plain, stressed")
+    of_slow = "of a recipe with a fast form the first unless given"
+    add("--detectors", nargs="+", choices=DETECTORS, metavar="NAME", help=f"{', '.join(DETECTORS)}; all, {of_slow}")
+    add("--grounds", nargs="+", choices=GROUNDS, help=f"checkpoints: {', '.join(GROUNDS)}; all, {of_slow}")
     add("--scopes", nargs="+", choices=SCOPES, help="default: backbone, of the main recipes also detector")
     add("--bits", nargs="+", type=bits, help="default: W4A4 and W3A3, of the main recipes also W8A8, W6A6, W2A4")
     add("--recipes", nargs="+", help="default: all in configs/_base_/recipes")

@@ -86,8 +86,8 @@ def make_grid(
     recipes: Sequence[str],
     best: Sequence[str] = (),
     bits: Sequence[str] | None = None,
-    detectors: Sequence[str] = DETECTORS,
-    grounds: Sequence[str] = GROUNDS,
+    detectors: Sequence[str] | None = None,
+    grounds: Sequence[str] | None = None,
     scopes: Sequence[str] | None = None,
     num_calib: int = NUM_CALIB,
     num_val: int | None = None,
@@ -98,7 +98,8 @@ def make_grid(
         recipes: their names.
         best: recipes that run with several seeds, at the first bits or those that are given.
         bits, scopes: of every recipe; None for the first of every recipe and all of the main ones.
-        detectors, grounds: what is combined.
+        detectors, grounds: what is combined; None for all of them, but of a slow exact form the first alone, because
+            its fast form runs on all.
         num_calib, num_val: of every run.
     """
     main = main_recipes(recipes)
@@ -117,10 +118,14 @@ def make_grid(
         for width in bits or (FIRST_BITS + MORE_BITS if recipe in main else FIRST_BITS)
         for scope in scopes or (SCOPES if recipe in main else SCOPES[:1])
         for seed in (SEEDS_OF_THE_BEST if recipe in best and width in (bits or FIRST_BITS) else (0,))
-        for detector in detectors
-        for ground in grounds
+        for detector in detectors or _all_or_first(DETECTORS, recipe)
+        for ground in grounds or _all_or_first(GROUNDS, recipe)
     ]
     return sorted(specs, key=_rank)
+
+
+def _all_or_first(values: tuple[str, ...], recipe: str) -> tuple[str, ...]:
+    return values[:1] if has_fast_form(recipe) else values
 
 
 def _rank(spec: Spec) -> tuple[int, ...]:

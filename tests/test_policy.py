@@ -41,7 +41,7 @@ from apq_mmdet.policy import Policy
         (dict(search=dict(windows=2, block_input="quantized")), "windows=2 needs block_input='float'"),
         (dict(on_unseen="ignore"), "on_unseen"),
         (dict(observer="percentil"), "quant.observer: .*did you mean 'percentile'"),
-        (dict(search={}, equalize=1.5), "quant.equalize: expected a number from 0 .* to 1 .*, got 1.5"),
+        (dict(search={}, equalize=1.5), "quant.equalize: expected a number from 0 to 1, got 1.5"),
         (dict(search={}, equalize=-0.1), "quant.equalize: .*got -0.1"),
         (dict(search={}, equalize=float("nan")), "quant.equalize: .*got nan"),
         (dict(search={}, equalize=True), "quant.equalize: .*got True"),
@@ -57,7 +57,12 @@ from apq_mmdet.policy import Policy
         (dict(search={}, reconstruction=dict(batch=0)), r"quant.reconstruction.batch: expected .* >= 1, got 0"),
         (dict(search={}, reconstruction=[{}, dict(batch=0)]), r"quant.reconstruction\[1\].batch: .*got 0"),
         (dict(search={}, reconstruction=[{}, "fast"]), r"quant.reconstruction\[1\]: expected dict"),
-        (dict(search=dict(grids=dict(attention=(0, 1, 3)))), "quant.search.grids.attention: expected 0 < first"),
+        (dict(search=dict(rounds=True)), "quant.search.rounds: expected a whole number >= 1, got True"),
+        (dict(search=dict(grids=5)), "quant.search.grids: expected dict.*, got 5"),
+        *(
+            (dict(search=dict(grids=dict(attention=grid))), "quant.search.grids.attention: expected .*0 < first")
+            for grid in [(0, 1, 3), 7, (1, 2), ("a", "b", "c"), (0.5, 1, float("inf")), (0.5, float("inf"), 2)]
+        ),
         (dict(search=dict(grids=dict(querry=(0.5, 1, 3)))), "quant.search.grids: .*did you mean 'query'"),
         (dict(overrides=[dict(pattern="*")]), "expected dict\\(name=dict"),
         (dict(overrides=dict(r=True)), "quant.overrides.r: expected dict\\(pattern="),

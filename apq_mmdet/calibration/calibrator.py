@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class BlockStates(Protocol):
     """Where finished blocks are kept, so that a killed calibration can go on."""
 
     def load(self, block: str) -> dict[str, Any] | None:
-        """``dict(state=, factors=, seconds=)`` of a finished block, or None."""
+        """``dict(state=, report=)`` of a finished block, its tensors and most of its BlockReport, or None."""
 
     def save(self, block: str, finished: dict[str, Any]) -> None:
         """Keep a block that has just been finished."""
@@ -54,12 +55,14 @@ class BlockReport:
         seconds: wall-clock time of its search, in the run that searched it.
         factors: the range factor that the search chose by layer and role; compensation and reconstruction may have
             changed the range since.
+        reconstructions: objective ``before`` and ``after`` each, and whether its result was better and ``kept``.
         resumed: whether an earlier run had finished it.
     """
 
     block: str
     seconds: float
     factors: dict[str, float]
+    reconstructions: list[dict[str, float | bool]]
     resumed: bool
 
 
@@ -251,14 +254,13 @@ def _finish_blocks(
             if kept is not None:
                 _load_state(blocks[name], kept["state"])
                 store.drop_calls(name, keep_inputs=inputs is not None)
-                reports.append(BlockReport(name, kept["seconds"], kept["factors"], resumed=True))
+                reports.append(BlockReport(name, **kept["report"], resumed=True))
             else:
-                factors = _finish_one(blocks[name], name, store, recipe, bar, seed + position)
-                seconds = time.perf_counter() - start
+                done = _finish_one(blocks[name], name, store, recipe, bar, seed + position)
+                done["seconds"] = time.perf_counter() - start
                 if states is not None:
-                    state = _state_of(blocks[name], recipe.changes_weights)
-                    states.save(name, {"state": state, "factors": factors, "seconds": seconds})
-                reports.append(BlockReport(name, seconds, factors, resumed=False))
+                    states.save(name, {"state": _state_of(blocks[name], recipe.changes_weights), "report": done})
+                reports.append(BlockReport(name, **done, resumed=False))
             if inputs is not None:
                 inputs.finish(name)
             release_freed()
@@ -268,8 +270,8 @@ def _finish_blocks(
 
 def _finish_one(
     block: nn.Module, name: str, store: CaptureStore, recipe: Recipe, progress: Progress, seed: int
-) -> dict[str, float]:
-    """Everything that a recipe does to one block; the chosen range factors."""
+) -> dict[str, Any]:
+    """Everything that a recipe does to one block; what its report says of it."""
     calls, module, search = UnitCalls(store, name), unit_module(block), recipe.search
     for call in store.take_calls(name, keep_inputs=search.block_input == "quantized"):
         if search.windows or search.rows:
@@ -282,13 +284,15 @@ def _finish_one(
     if recipe.compensation is not None:
         progress.stage("compensation")
         compensate(module, calls, recipe.compensation)
+    reconstructions = []
     for number, stage in enumerate(recipe.reconstruction):
         if worth_reconstructing(module, stage):
             progress.stage("reconstruction")
-            reconstruct(module, calls, stage, seed + number, progress.candidates)
+            told = partial(progress.left, what="iterations")
+            reconstructions.append(reconstruct(module, calls, stage, seed + number, told))
     fit_output_compensation(block, module, calls)
     calls.drop()
-    return factors
+    return {"factors": factors, "reconstructions": reconstructions}
 
 
 def _state_of(block: nn.Module, whole: bool) -> dict[str, Tensor]:

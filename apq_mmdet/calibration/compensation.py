@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.blocks import tensors_of
 from apq_mmdet.calibration.distributed import by_shard, gather
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
+from apq_mmdet.checks import check_bool, check_dict, check_number, check_whole, refuse_unknown
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
-from apq_mmdet.policy import refuse_unknown
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 FIRST_FACTOR, LAST_FACTOR = 0.3, 1.1  # of the ranges that step 2 tries
@@ -56,18 +56,14 @@ class CompensationConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "CompensationConfig":
         """Validate; BadInputError names the key."""
-        if not hasattr(config, "keys"):
-            raise BadInputError(f"{where}: expected dict(activations=..., ...) or None, got {config!r}")
+        config = check_dict(config, where, "dict(activations=..., ...) or None")
         refuse_unknown(config, [f.name for f in fields(cls)], where)
-        config = dict(config)
         for key in ("activations", "rounding", "weighted"):
-            if not isinstance(config.get(key, True), bool):
-                raise BadInputError(f"{where}.{key}: expected True or False, got {config[key]!r}")
-        ranges, damping = config.get("ranges", 0), config.get("damping", 1.0)
-        if isinstance(ranges, bool) or not isinstance(ranges, int) or ranges < 0 or ranges == 1:
-            raise BadInputError(f"{where}.ranges: expected 0 or a whole number >= 2, got {ranges!r}")
-        if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
-            raise BadInputError(f"{where}.damping: expected a number above 0, got {damping!r}")
+            check_bool(config.get(key, True), f"{where}.{key}")
+        if check_whole(config.get("ranges", 0), f"{where}.ranges", 0) == 1:
+            raise BadInputError(f"{where}.ranges: expected 0 or a whole number >= 2, got 1")
+        if check_number(config.get("damping", 1.0), f"{where}.damping") == 0:
+            raise BadInputError(f"{where}.damping: expected a number above 0, got 0")
         return cls(**config)
 
 

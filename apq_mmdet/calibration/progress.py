@@ -16,8 +16,8 @@ class Progress(Protocol):
     def stage(self, name: str) -> None:
         """What follows the search begins: compensation or reconstruction."""
 
-    def candidates(self, left: int) -> None:
-        """So many candidates are still in the running, or iterations of a stage left."""
+    def left(self, number: int, what: str) -> None:
+        """So many candidates of a search, or iterations of a stage, are left."""
 
 
 class Silent:
@@ -29,7 +29,7 @@ class Silent:
     def stage(self, name: str) -> None:
         """See Progress."""
 
-    def candidates(self, left: int) -> None:
+    def left(self, number: int, what: str) -> None:
         """See Progress."""
 
 
@@ -75,6 +75,6 @@ class SearchBar:
         peaks = [f"{value / 2**30:.1f} GiB" for value in peak_memory().values() if value is not None]
         self._memory = "peak memory " + " + ".join(peaks)  # of the host, and of the GPU where there is one
 
-    def candidates(self, left: int) -> None:
+    def left(self, number: int, what: str) -> None:
         """See Progress."""
-        self._bar.set_postfix_str(f"{left} candidates left, {self._memory}", refresh=False)
+        self._bar.set_postfix_str(f"{number} {what} left, {self._memory}", refresh=False)

@@ -1,5 +1,6 @@
 """A recipe is data: number formats (policy) plus how their ranges are searched; parsed from ``model.quant``."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -8,8 +9,9 @@ from apq_mmdet.calibration.importance import IMPORTANCES
 from apq_mmdet.calibration.objectives import build_objective
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig
 from apq_mmdet.calibration.scoring import Candidate
+from apq_mmdet.checks import check_dict, check_number, check_whole, refuse_unknown
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.policy import KINDS, ROLES, Policy, check_pattern, name_matches, refuse_unknown
+from apq_mmdet.policy import KINDS, ROLES, Policy, check_pattern, name_matches
 from apq_mmdet.quantizers import OBSERVERS, Quantizer
 from apq_mmdet.registry import QUANTIZERS
 
@@ -57,26 +59,22 @@ class SearchConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "SearchConfig":
         """Validate; BadInputError names the key."""
-        if not hasattr(config, "keys"):
-            raise BadInputError(f"{where}: expected dict(metric=..., ...) or None, got {config!r}")
+        config = check_dict(config, where, "dict(metric=..., ...) or None")
         refuse_unknown(config, [f.name for f in fields(cls)], where)
-        config = dict(config)
         for key, choices in (("metric", METRICS), ("order", ORDERS), ("block_input", BLOCK_INPUTS)):
             if key in config:
                 refuse_unknown([config[key]], choices, f"{where}.{key}")
         for key, least in (("rounds", 1), ("shortlist", 0), ("windows", 0), ("rows", 0)):
-            if not isinstance(config.get(key, least), int) or config.get(key, least) < least:
-                raise BadInputError(f"{where}.{key}: expected a whole number >= {least}, got {config[key]!r}")
-        grids = dict(config.get("grids", {}))
+            check_whole(config.get(key, least), f"{where}.{key}", least)
+        grids = check_dict(config.get("grids", {}), f"{where}.grids", "dict(Linear=(first, last, number), ...)")
         refuse_unknown(grids, (*KINDS, *ROLES), f"{where}.grids")
         config["grids"] = {**DEFAULT_GRIDS, **{k: _grid(g, f"{where}.grids.{k}") for k, g in grids.items()}}
         if config.get("windows") and config.get("block_input") == "quantized":
             raise BadInputError(f"{where}: windows={config['windows']} needs block_input='float'")
         if "objective" in config:
             config["objective"] = _objective(config["objective"], f"{where}.objective")
-        rules = config.get("objectives", {})
-        if not hasattr(rules, "items"):
-            raise BadInputError(f"{where}.objectives: expected dict(name=dict(pattern=..., type=...)), got {rules!r}")
+        expected = "dict(name=dict(pattern=..., type=...))"
+        rules = check_dict(config.get("objectives", {}), f"{where}.objectives", expected)
         config["objectives"] = {n: _block_objective(rule, f"{where}.objectives.{n}") for n, rule in rules.items()}
         return cls(**config)
 
@@ -100,9 +98,7 @@ class SearchConfig:
 
 
 def _objective(config: Any, where: str) -> dict[str, Any]:
-    if not hasattr(config, "keys"):
-        raise BadInputError(f"{where}: expected dict(type=..., ...), got {config!r}")
-    config = dict(config)
+    config = check_dict(config, where, "dict(type=..., ...)")
     try:
         build_objective(config)
     except (TypeError, ValueError) as error:
@@ -120,10 +116,13 @@ def _block_objective(rule: Any, where: str) -> dict[str, Any]:
 def _grid(grid: Any, where: str) -> tuple[float, float, int]:
     try:
         first, last, number = grid
-    except (TypeError, ValueError):
-        raise BadInputError(f"{where}: expected (first, last, number), got {grid!r}") from None
-    if not 0 < first <= last or int(number) != number or number < 1:
-        raise BadInputError(f"{where}: expected 0 < first <= last and number >= 1, got {tuple(grid)!r}")
+        is_right = 0 < first <= last < math.inf and 1 <= number == int(number)
+    except (TypeError, ValueError, OverflowError):
+        is_right = False
+    if not is_right:
+        raise BadInputError(
+            f"{where}: expected (first, last, number) with 0 < first <= last and number >= 1, got {grid!r}"
+        )
     return float(first), float(last), int(number)
 
 
@@ -181,7 +180,7 @@ class Recipe:
         policy = Policy.from_dict({key: quant[key] for key in policy_keys if key in quant})
         if search is None:
             _refuse_unfound_centers(policy)
-        equalize = _strength(quant.get("equalize", 0.0))
+        equalize = float(check_number(quant.get("equalize", 0.0), "quant.equalize", most=1.0))
         _refuse_unfound_factors(policy, equalize)
         return cls(
             name=quant.get("recipe", "custom"),
@@ -220,12 +219,6 @@ def _refuse_unfound_centers(policy: Policy) -> None:
                 raise BadInputError(
                     f"quant.{key}.{name}.input: format {given!r} works on searched blocks: it needs a quant.search"
                 )
-
-
-def _strength(strength: Any) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-        raise BadInputError(f"quant.equalize: expected a number from 0 (nothing) to 1 (all even), got {strength!r}")
-    return float(strength)
 
 
 def _stages(given: Any) -> tuple[ReconstructionConfig, ...]:

@@ -26,9 +26,10 @@ from apq_mmdet.calibration.learned import (
 from apq_mmdet.calibration.minibatches import Minibatches
 from apq_mmdet.calibration.scoring import sum_by_image
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
+from apq_mmdet.checks import check_dict, check_number, check_whole, refuse_unknown
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
-from apq_mmdet.policy import check_bits, refuse_unknown
+from apq_mmdet.policy import check_bits
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 CHECKED = 50  # iterations between two looks at the parameters
@@ -94,10 +95,8 @@ class ReconstructionConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "ReconstructionConfig":
         """Validate; BadInputError names the key."""
-        if not hasattr(config, "keys"):
-            raise BadInputError(f"{where}: expected dict(weighting=..., ...) or None, got {config!r}")
+        config = check_dict(config, where, "dict(weighting=..., ...) or None")
         refuse_unknown(config, [f.name for f in fields(cls)], where)
-        config = dict(config)
         if "weighting" in config:
             refuse_unknown([config["weighting"]], WEIGHTINGS, f"{where}.weighting")
         if "rounding" in config:
@@ -105,13 +104,9 @@ class ReconstructionConfig:
         if config.get("most_bits") is not None:
             check_bits(config["most_bits"], f"{where}.most_bits")
         for key in ("iterations", "batch"):
-            value = config.get(key, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise BadInputError(f"{where}.{key}: expected a whole number >= 1, got {value!r}")
+            check_whole(config.get(key, 1), f"{where}.{key}", 1)
         for key, most in (("keep_float", 1.0), ("rounding_lr", 1.0), ("step_lr", 1.0), ("rounding_weight", math.inf)):
-            value = config.get(key, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-                raise BadInputError(f"{where}.{key}: expected a number from 0 to {most}, got {value!r}")
+            check_number(config.get(key, 0), f"{where}.{key}", most)
         made = cls(**config)
         if not made.rounding_lr and not made.step_lr:
             raise BadInputError(f"{where}: nothing is learned with rounding_lr=0 and step_lr=0")

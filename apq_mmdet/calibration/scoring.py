@@ -137,6 +137,7 @@ def best_candidate(
     masses: dict[float, float],
     name: str,
     bounds: Tensor | None = None,
+    told: Callable[[int], object] = lambda left: None,
 ) -> Choice:
     """The candidate of least error, the first one where several tie; exact.
 
@@ -150,6 +151,7 @@ def best_candidate(
         masses: about which part of an error a share of the units makes, by share.
         name: of the quantizer, for the error.
         bounds: lower bounds of all errors where some are known, float64.
+        told: is called with the number of candidates that are still in the running.
 
     Raises:
         CalibrationError: the error of every candidate is NaN or infinite.
@@ -175,12 +177,14 @@ def best_candidate(
         if not full:
             evaluate(alive()[:1])
         if left := alive():
+            told(len(left))
             bounds[left] = errors(left, share)
             expected[left] = relative(bounds[left])
         masses = {later: mass for later, mass in masses.items() if later > share}
         screened = True
     together = TOGETHER if screened else number
     while left := alive():
+        told(len(left))
         evaluate(left[:together])
         together *= 4
     least = min(full.values(), default=float("inf"))

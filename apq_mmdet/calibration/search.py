@@ -1,6 +1,7 @@
 """The search of range factors: one loop for every layer kind, objective and metric point."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,6 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
         grid = [grid[i] for i in ranked.sort().values.tolist()]  # ascending: ties as in the exact form
 
     def evaluate(candidates: list[int], share: float) -> Tensor:
-        progress.candidates(len(candidates))
         return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
     masses, bounds, eliminate = errors.masses(slot), None, errors.objective.eliminate
@@ -137,7 +137,8 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
         slot.expected = (
             1 + (relative(probe) - 1) / 2
         )  # the most important units tell candidates apart more than the others do
-    choice = best_candidate(evaluate, slot.expected, eliminate, masses, slot.name, bounds)
+    told = partial(progress.left, what="candidates")
+    choice = best_candidate(evaluate, slot.expected, eliminate, masses, slot.name, bounds, told)
     slot.expected = choice.expected
     if choice.best is None:  # inputs are zero, or nothing of the output counts: the observed range is as good as any
         return min(grid, key=lambda candidate: abs(candidate.factor - 1))

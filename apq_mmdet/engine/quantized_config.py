@@ -11,9 +11,9 @@ import mmengine.registry
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import Registry
 
+from apq_mmdet.checks import refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.detectors import register_quantized_detectors
-from apq_mmdet.policy import refuse_unknown
 from apq_mmdet.registry import MODELS, SCOPE, class_name
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"

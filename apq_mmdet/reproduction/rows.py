@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from apq_mmdet.checks import refuse_unknown
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.policy import check_bits, refuse_unknown
+from apq_mmdet.policy import check_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "model-index.yml"

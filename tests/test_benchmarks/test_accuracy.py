@@ -23,7 +23,7 @@ from accuracy_grid import (
     read_rows,
 )
 from accuracy_plots import draw_plots
-from accuracy_report import box_and_mask, compared, mean_and_spread, render
+from accuracy_report import box_and_mask, compared, mean_and_spread, render, summary_table
 
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.engine import command
@@ -84,6 +84,8 @@ def test_fast_form_stands_for_a_slow_main_recipe_and_the_slow_one_comes_last():
     slow = [s for s in grid if s.recipe == "apq"]
     assert grid[-len(slow) :] == slow
     assert {s.bits for s in slow} == {"W4A4", "W3A3"}
+    assert {(s.detector, s.ground) for s in slow} == {("mask-rcnn", "plain")}  # its fast form runs on all
+    assert {s.ground for s in make_grid(RECIPES, grounds=["stressed"])} == {"stressed"}
 
 
 def test_given_bits_and_scopes_hold_for_every_recipe():
@@ -255,7 +257,7 @@ def test_report_of_a_few_rows(tmp_path):
         "| recipe | images | W4A4 | W3A3 | calibration | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
         "| float |  | 51.4 / 51.5 | 51.4 / 51.5 |  |  |",
-        "| `apq_fast` | 32 | 49.1 / 48.2 |  | 64.0 s | 800 MiB |",
+        "| `apq_fast` | 32 | 49.1 / 48.2 | - | 64.0 s | 800 MiB |",
         "| `minmax` | 32 | 48.3 ± 0.4 / 47.3 ± 0.2 | 37.3 / 34.3 | 64.0 s | 800 MiB |",
     ]
     start = lines.index("## mask-rcnn, stressed, scope `backbone`")
@@ -273,6 +275,18 @@ def test_report_of_a_few_rows(tmp_path):
     published = page[page.index("## Published, not measured here") :]
     assert "COCO val2017" in published
     assert "| APQ-ViT | 23.7 / 22.6 | 44.7 / 40.1 | 27.2 / 24.4 | 47.7 / 41.1 | I&S-ViT, Table 2 |" in published
+
+
+def test_summary_names_the_best_other():
+    ours = [row(51.3, 51.0, recipe="apq_plus"), row(51.5, 51.2, recipe="apq_plus", seed=1)]
+    others = [row(51.4, 50.9, recipe="brecq"), row(51.2, 51.3, recipe="isvit"), row(48.0, 47.0, bits="W3A3")]
+    passed_over = [row(52, 52, recipe="few", num_calib=16), row(52, 52, num_val=50), row(52, 52, options={"a": 1})]
+    without_ours = row(20, 10, ground="stressed")
+    first = row(51.4, 51.5, recipe="apq_plus", bits="W8A8", reference=(51.4, 51.5))
+    assert summary_table([*others, *ours, *passed_over, without_ours, first]).splitlines()[2:] == [
+        "| mask-rcnn, plain, `backbone` | 51.4 / 51.5 | `apq_plus` | 51.4 / 51.5 | 51.4 ± 0.2 / 51.1 ± 0.2 | - |",
+        "|  |  | best other | - | `isvit` 51.2 / 51.3 | `minmax` 48.0 / 47.0 |",
+    ]
 
 
 def test_ablation_of_images_stays_out_of_the_comparison():

@@ -46,7 +46,7 @@ def fast(**settings):
 
 
 def killed_and_resumed(settings):
-    """The model of a calibration that died before it kept a block, then after one, then after two."""
+    """Model and report of a calibration that died before it kept a block, then after one, then after two."""
     states = States()
     for states.die_after in (0, 1, 2):
         with pytest.raises(KeyboardInterrupt):
@@ -55,7 +55,7 @@ def killed_and_resumed(settings):
     model = quantized_swin(settings)
     report = calibrate(model, IMAGES, settings, states=states)
     assert [block.resumed for block in report.blocks] == [i < 2 for i in range(len(report.blocks))]
-    return model
+    return model, report
 
 
 @pytest.mark.parametrize("block_input", ["float", "quantized"])
@@ -63,8 +63,19 @@ def test_resumed_calibration_gives_the_same_state(block_input):
     settings = recipe("apq", search=dict(grids=short_grids(4), rounds=2, block_input=block_input))
     whole = quantized_swin(settings)
     calibrate(whole, IMAGES, settings)
-    a, b = packed_state_dict(whole), packed_state_dict(killed_and_resumed(settings))
+    a, b = packed_state_dict(whole), packed_state_dict(killed_and_resumed(settings)[0])
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_reports_tell_what_reconstructions_came_to():
+    settings = fast(reconstruction=[dict(iterations=2, batch=2), dict(iterations=1, batch=2, rounding_lr=0)])
+    whole = calibrate(quantized_swin(settings), IMAGES, settings)
+    _, resumed = killed_and_resumed(settings)
+    told = [block.reconstructions for block in whole.blocks]
+    assert told == [block.reconstructions for block in resumed.blocks]
+    assert {len(stages) for stages in told} == {2}
+    for found in (found for stages in told for found in stages):
+        assert found["kept"] is (found["after"] < found["before"])
 
 
 def test_block_inputs_matter():
@@ -283,7 +294,7 @@ def test_resumed_calibration_gives_the_same_state_where_weights_change(block_inp
     settings = recipe("apq_plus", search=dict(grids=short_grids(4), block_input=block_input))
     original, whole = quantized_swin(settings), quantized_swin(settings)
     calibrate(whole, IMAGES, settings)
-    a, b, c = (model.state_dict() for model in (whole, killed_and_resumed(settings), original))
+    a, b, c = (model.state_dict() for model in (whole, killed_and_resumed(settings)[0], original))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert all(not torch.equal(a[key], c[key]) for key in a if key.endswith("ffn.layers.1.weight"))
 

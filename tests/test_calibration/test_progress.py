@@ -8,7 +8,7 @@ def test_a_person_sees_block_layer_candidates_and_memory(capsys):
         bar.finish()  # one of its two searches was not needed
         bar.begin("second")
         bar.quantizer("layer.input")
-        bar.candidates(37)
+        bar.left(37, "candidates")
         bar._bar.refresh()
     seen = capsys.readouterr().err.split("\r")[-1]
     assert "second layer.input" in seen
@@ -31,6 +31,6 @@ def test_other_processes_show_nothing(capsys):
     with SearchBar({"first": 1}, shown=False) as bar:
         bar.begin("first")
         bar.quantizer("layer")
-        bar.candidates(3)
+        bar.left(3, "iterations")
         bar.finish()
     assert capsys.readouterr().err == ""

@@ -354,7 +354,7 @@ def test_float_function_of_the_rest_is_kept():
         (dict(iterations=0), r"quant.reconstruction.iterations: expected a whole number >= 1, got 0"),
         (dict(batch=1.5), r"quant.reconstruction.batch: expected a whole number >= 1, got 1.5"),
         (dict(batch=True), r"quant.reconstruction.batch"),
-        (dict(keep_float=1.1), r"quant.reconstruction.keep_float: expected a number from 0 to 1.0, got 1.1"),
+        (dict(keep_float=1.1), r"quant.reconstruction.keep_float: expected a number from 0 to 1, got 1.1"),
         (dict(keep_float=float("nan")), r"quant.reconstruction.keep_float"),
         (dict(rounding_lr=-1), r"quant.reconstruction.rounding_lr"),
         (dict(step_lr="fast"), r"quant.reconstruction.step_lr"),

@@ -50,6 +50,15 @@ def test_screening_spares_full_evaluations():
     assert unscreened.cost == 100
 
 
+def test_the_number_of_candidates_that_are_left_is_told():
+    left = []
+    curve = Errors([1 + ((i - 40) / 20) ** 2 for i in range(100)])
+    best_candidate(curve, curve.errors, 0.0, curve.masses, "layer", told=left.append)
+    assert left == sorted(left, reverse=True)
+    assert left[0] == 99  # the one that seems best has been evaluated before the first screen
+    assert 0 < left[-1] < 30
+
+
 def test_no_screen_where_none_would_pay():
     flat = Errors([1 + i / 10000 for i in range(100)])
     assert best(flat) == 0

@@ -1,0 +1,44 @@
+"""Checks of single values of a config; every error names the key, the value and what would be right."""
+
+import difflib
+import math
+from typing import Any
+
+from apq_mmdet.errors import BadInputError
+
+
+def refuse_unknown(keys: Any, known: Any, where: str) -> None:
+    """Raise BadInputError with the nearest known key if ``keys`` holds an unknown one."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
+            raise BadInputError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def check_dict(value: Any, where: str, expected: str) -> dict[str, Any]:
+    """A shallow copy of ``value`` if it is a dict or a config's, else BadInputError that shows an ``expected`` one."""
+    if not hasattr(value, "keys"):
+        raise BadInputError(f"{where}: expected {expected}, got {value!r}")
+    return dict(value)
+
+
+def check_bool(value: Any, where: str) -> bool:
+    """``value`` if it is True or False, else BadInputError."""
+    if not isinstance(value, bool):
+        raise BadInputError(f"{where}: expected True or False, got {value!r}")
+    return value
+
+
+def check_whole(value: Any, where: str, least: int) -> int:
+    """``value`` if it is a whole number of at least so much, else BadInputError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BadInputError(f"{where}: expected a whole number >= {least}, got {value!r}")
+    return value
+
+
+def check_number(value: Any, where: str, most: float = math.inf) -> float:
+    """``value`` if it is a number from 0 to ``most``, else BadInputError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise BadInputError(f"{where}: expected a number from 0 to {most:g}, got {value!r}")
+    return value
