@@ -1,12 +1,14 @@
 """Blocks of calibration: the partition of a model, and a look at what each block sees and gives."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from torch.utils.hooks import RemovableHandle
 
 from apq_mmdet.layers.base import QuantizedLayer, quantizers_of
 
@@ -52,7 +54,7 @@ class BlockCall:
     Attributes:
         args, kwargs: what the block was called with.
         outputs: the tensors of its float output.
-        grads: gradient of the calibration loss at each output, at the disturbed point; same shapes.
+        grads: importance of each output, mostly a gradient of the calibration loss (``importance.py``); same shapes.
         image: index of the image.
         float_inputs: (args, kwargs) of the float model, where ``args`` are what quantized blocks give; else None.
     """
@@ -66,19 +68,23 @@ class BlockCall:
 
 
 @contextlib.contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Context at the end of which the hooks are removed."""
+    with contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield
+
+
+@contextlib.contextmanager
 def watch_blocks(
     blocks: dict[str, nn.Module], see: Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
 ) -> Iterator[None]:
     """Call ``see(name, args, kwargs, output)`` after each block's forward; a returned value replaces the output."""
-    handles = []
-    for name, block in blocks.items():
 
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> Any:
-            return see(name, args, kwargs, output)
+    def hook(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        return see(name, args, kwargs, output)
 
-        handles.append(block.register_forward_hook(hook, with_kwargs=True))
-    try:
+    hooks = (block.register_forward_hook(partial(hook, name), with_kwargs=True) for name, block in blocks.items())
+    with hooked(hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

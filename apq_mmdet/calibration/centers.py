@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apq_mmdet.calibration.blocks import hooked
 from apq_mmdet.calibration.compensation import LEAST_VARIATION
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.transforms import InputRescaling, balancing_factors
@@ -73,15 +74,12 @@ def _sums(
 
     with float_only(block):
         for call in calls:
-            handles = [
+            hooks = (
                 layer.register_forward_pre_hook(lambda layer, args, n=name, i=call.image: see(n, layer, args[0], i))
                 for name, layer in layers.items()
-            ]
-            try:
+            )
+            with hooked(hooks):
                 module(*call.args, **call.kwargs)
-            finally:
-                for handle in handles:
-                    handle.remove()
     totals: dict[str, Tensor] = {}
     # an image is one process' own: its number and the layer's name are an order without ties
     found = (item for process in gather(own) for item in process.items())

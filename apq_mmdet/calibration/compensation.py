@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import by_shard, gather
+from apq_mmdet.calibration.distributed import by_shard
+from apq_mmdet.calibration.replay import execution_order
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.checks import check_bool, check_dict, check_number, check_whole, refuse_unknown
 from apq_mmdet.errors import BadInputError, CalibrationError
@@ -132,33 +133,15 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
         for quantizer in quantizers_of(block):
             quantizer.mode = mode
     gains: dict[str, float] = {}
-    for name, layer in _layers(module, calls):
+    layers = dict(quantized_layers(module))
+    for name in execution_order(module, calls):
+        if not is_compensated(layers[name]):
+            continue
         moments = _moments(module, reference, name, calls, config.weighted)
         if not all(bool(t.isfinite().all()) for t in vars(moments).values()):
             raise CalibrationError(f"compensation of layer {name!r}: its inputs or gradients are NaN or infinite")
-        gains[name] = _compensate_layer(layer, moments, config)
+        gains[name] = _compensate_layer(layers[name], moments, config)
     return gains
-
-
-def _layers(module: nn.Module, calls: UnitCalls) -> list[tuple[str, QuantizedLayer]]:
-    """Layers whose weights are compensated, by execution in the first calls of all kinds of all processes."""
-    names = {layer: name for name, layer in quantized_layers(module) if is_compensated(layer)}
-    ran: list[str] = []
-    seen: list[tuple[int, str]] = []
-    handles = [layer.register_forward_pre_hook(lambda m, _: ran.append(names[m])) for layer in names]
-    try:
-        for call in calls.kinds():
-            ran.clear()
-            module(*call.args, **call.kwargs)
-            seen += ((call.image, name) for name in ran)
-    finally:
-        for handle in handles:
-            handle.remove()
-    # in the order of the images, not of the processes
-    merged = sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0])
-    order = dict.fromkeys(name for _, name in merged)
-    layers = {name: layer for layer, name in names.items()}
-    return [(name, layers[name]) for name in order]
 
 
 def is_compensated(layer: QuantizedLayer) -> bool:
@@ -229,11 +212,8 @@ def _watched(module: nn.Module, layer: QuantizedLayer, tile: UnitCall) -> tuple[
         outputs.append(output)
         return output.clone()  # what follows may modify it in place
 
-    handle = layer.register_forward_hook(hook)
-    try:
+    with layer.register_forward_hook(hook):
         rows = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
-    finally:
-        handle.remove()
     return inputs, outputs, rows
 
 

@@ -4,7 +4,7 @@ The loss of a float model against itself has a gradient of rounding noise, and a
 random. The gradient is therefore taken at a disturbed point, and one that is not disturbed, or a gradient that is zero
 or not finite, is refused. There are two kinds of disturbance:
 
-* 'disturbed': the min-max-quantized model; the importance is the gradient there.
+* 'disturbed': the model quantized to its observed ranges; the importance is the gradient there.
 * 'perturbation': the float model with every block output shifted by +e and by -e; the importance is
   ``|g(+e) - g(-e)|``, a finite difference along e. This is a reconstruction of the importance of APHQ-ViT (Wu et al.,
   CVPR 2025). Its official code shifts one block at a time, every element by the constant 1e-6, under the RPN's loss

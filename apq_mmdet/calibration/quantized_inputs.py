@@ -52,12 +52,9 @@ class QuantizedInputs:
 
             if not number:
                 continue
-            handle = self._blocks[name].register_forward_pre_hook(see, with_kwargs=True)
-            try:
-                with self._replayed(image), contextlib.suppress(_Reached):
-                    self._task.student(self._model, self._samples[image], self._store.get(("teacher", image))[1])
-            finally:
-                handle.remove()
+            hook = self._blocks[name].register_forward_pre_hook(see, with_kwargs=True)
+            with hook, self._replayed(image), contextlib.suppress(_Reached):
+                self._task.student(self._model, self._samples[image], self._store.get(("teacher", image))[1])
             for index, (args, kwargs) in enumerate(inputs):
                 self._store.replace_input(name, image, index, args, kwargs)
 

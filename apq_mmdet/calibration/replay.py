@@ -1,4 +1,4 @@
-"""What one search needs of a block besides its outputs: weights that stay, and the calls of its layers."""
+"""What a block's calibration needs besides its outputs: weights that stay, the order and the calls of its layers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.units import UnitCall, rows_of
+from apq_mmdet.calibration.blocks import hooked, tensors_of
+from apq_mmdet.calibration.distributed import gather
+from apq_mmdet.calibration.units import UnitCall, UnitCalls, rows_of
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
@@ -31,6 +32,24 @@ def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterat
             quantizer.fixed = None
 
 
+def execution_order(block: nn.Module, calls: UnitCalls) -> list[str]:
+    """Names of the quantized layers that run in the first calls of all kinds of all processes, in their order."""
+    ran: list[str] = []
+    seen: list[tuple[int, str]] = []  # (image, layer)
+    hooks = (
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, layer in quantized_layers(block)
+    )
+    with hooked(hooks), float_only(block):
+        for call in calls.kinds():
+            ran.clear()
+            block(*call.args, **call.kwargs)
+            seen += ((call.image, name) for name in ran)
+    # in the order of the images, not of the processes
+    merged = sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0])
+    return list(dict.fromkeys(name for _, name in merged))
+
+
 def layer_calls(
     block: nn.Module, call: UnitCall, wanted: list[QuantizedLayer]
 ) -> list[tuple[QuantizedLayer, UnitCall]]:
@@ -46,13 +65,9 @@ def layer_calls(
         seen.append((module, args, output))
         return output.clone()  # what follows may modify it in place
 
-    handles = [layer.register_forward_hook(hook) for layer in wanted]
-    try:
-        with torch.enable_grad(), float_only(block), _constant_parameters(block):
-            output = rows_of(tensors_of(block(*call.args, **call.kwargs)), len(call.targets))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (layer.register_forward_hook(hook) for layer in wanted)
+    with hooked(hooks), torch.enable_grad(), float_only(block), _constant_parameters(block):
+        output = rows_of(tensors_of(block(*call.args, **call.kwargs)), len(call.targets))
     if not seen or not output.requires_grad:  # none of them ran, or none of those that ran has a say in the output
         return []
     outputs = [layer_output for _, _, layer_output in seen]

@@ -57,10 +57,10 @@ def candidate_errors(
     return columns
 
 
-def sum_by_image(columns: list[tuple[int, Tensor]], candidates: int) -> Tensor:
-    """Sum of the columns [candidates] of all calls of all processes in the order of their images, float64."""
+def sum_by_image(columns: list[tuple[int, Tensor]], size: int) -> Tensor:
+    """Sum of the columns [size] of all calls of all processes in the order of their images, float64."""
     own = [(image, column.cpu().numpy()) for image, column in columns]
-    total = np.zeros(candidates)
+    total = np.zeros(size)
     for _, column in sorted((c for part in gather(own) for c in part), key=lambda pair: pair[0]):
         total += column
     return torch.from_numpy(total)
@@ -148,7 +148,7 @@ def best_candidate(
         errors: (candidates, share of the units) -> their errors, float64; a lower bound for a share below 1.
         expected: rough errors of all candidates up to a common factor, float64; they decide the cost, not the result.
         eliminate: share of an image's elements that the objective drops, whichever they are.
-        masses: about which part of an error a share of the units makes, by share.
+        masses: about which part of a whole error lies in the most important units, by their share.
         name: of the quantizer, for the error.
         bounds: lower bounds of all errors where some are known, float64.
         told: is called with the number of candidates that are still in the running.

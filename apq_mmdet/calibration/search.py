@@ -6,11 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
-from apq_mmdet.calibration.replay import fixed_weights, layer_calls
+from apq_mmdet.calibration.replay import execution_order, fixed_weights, layer_calls
 from apq_mmdet.calibration.scoring import (
     PROBE,
     SCREENS,
@@ -22,7 +21,7 @@ from apq_mmdet.calibration.scoring import (
     sum_by_image,
 )
 from apq_mmdet.calibration.units import UnitCalls
-from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 MOST_RECORDED = 2**28  # bytes of the calls of a block's layers that are kept rather than made anew for each search
@@ -176,7 +175,7 @@ class SlotErrors:
         return sum_by_image(columns, len(candidates))
 
     def masses(self, slot: Slot) -> dict[float, float]:
-        """About which part of an error a share of the units makes, for each share that candidates are screened on."""
+        """About which part of a whole error lies in the most important units, by each share that may be a screen."""
         if not self.objective.uses_gradients:
             return {share: share for share in SCREENS}
         layer = slot.layer if self._at_layers else None
@@ -191,7 +190,7 @@ class SlotErrors:
             self.drop()
             small = self.calls.bytes * RECORDED_PER_CALL <= MOST_RECORDED
             wanted = [found for _, found in quantized_layers(self.module)] if small else [layer]
-            self._layer_calls = {found: self.calls.of_layer(name) for name, found in enumerate(wanted)}
+            self._layer_calls = {found: self.calls.of_layer(index) for index, found in enumerate(wanted)}
             for call in self.calls:
                 for found, recorded in layer_calls(self.module, call, wanted):
                     self._layer_calls[found].add(recorded)
@@ -205,26 +204,9 @@ class SlotErrors:
 
 
 def _slots(module: nn.Module, calls: UnitCalls, order: str) -> list[Slot]:
-    """The block's quantizers in search order: layers by execution, within a layer by role."""
+    """The block's quantizers in search order: layers by execution, then those that never ran; in a layer by role."""
     layers = dict(quantized_layers(module))
-    executed: list[list[str]] = [[]]
-    handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: executed[-1].append(name))
-        for name, layer in layers.items()
-    ]
-    seen: list[tuple[int, list[str]]] = []
-    try:
-        for call in calls.kinds():
-            executed.append([])
-            with float_only(module):
-                module(*call.args, **call.kwargs)
-            seen.append((call.image, executed[-1]))
-    finally:
-        for handle in handles:
-            handle.remove()
-    # in the order of the images, not of the processes; a layer that none of these calls ran comes last
-    merged = sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0])
-    ordered = list(dict.fromkeys([*(name for _, names in merged for name in names), *layers]))
+    ordered = list(dict.fromkeys([*execution_order(module, calls), *layers]))
     if order == "backward":
         ordered.reverse()
     return [

@@ -21,7 +21,7 @@ UNCONCERNED = (torch.ops.aten.t.default, torch.ops.aten.view.default, torch.ops.
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Stands for a tensor that is another one for each candidate."""
+    """Stands for a tensor whose value differs by candidate."""
 
     index: int
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from apq_mmdet.calibration.blocks import hooked
 from apq_mmdet.calibration.distributed import gather, share_observed
 from apq_mmdet.calibration.units import UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
@@ -199,15 +200,12 @@ def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Ex
         seen[key] = (low, high)
 
     keys = [(place.layer, place.side) for place in places]
-    handles = [
+    hooks = (
         key[0].register_forward_hook(lambda _, args, output, k=key: look(k, args[0] if k[1] == "input" else output))
         for key in dict.fromkeys(keys)
-    ]
-    try:
+    )
+    with hooked(hooks):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     own = [tuple(t.cpu().double() for t in seen[key]) if key in seen else None for key in keys]
     return [_merged([extent for extent in found if extent]) for found in zip(*gather(own), strict=True)]
 

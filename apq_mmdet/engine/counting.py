@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import BlockCall, tensors_of, watch_blocks
+from apq_mmdet.calibration.blocks import BlockCall, hooked, tensors_of, watch_blocks
 from apq_mmdet.calibration.units import to_units
 from apq_mmdet.layers.matmul import Product
 
@@ -89,15 +89,11 @@ def counting(model: nn.Module, blocks: dict[str, nn.Module], units: bool = False
             call.units, call.separable = len(parts.targets), parts.separable
 
     products = [module for module in model.modules() if isinstance(module, tuple(OPERATIONS))]
-    handles = [module.register_forward_hook(add, with_kwargs=True) for module in products]
-    handles += [block.register_forward_pre_hook(lambda *_, name=name: start(name)) for name, block in blocks.items()]
-    try:
-        # hooks run in the order of registration: a block that is itself a layer is counted before it ends
-        with watch_blocks(blocks, end):
-            yield count
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [module.register_forward_hook(add, with_kwargs=True) for module in products]
+    hooks += [block.register_forward_pre_hook(lambda *_, name=name: start(name)) for name, block in blocks.items()]
+    # hooks run in the order of registration: a block that is itself a layer is counted before it ends
+    with hooked(hooks), watch_blocks(blocks, end):
+        yield count
 
 
 def suffix_operations(call: Sequence[tuple[nn.Module, int]], layer: nn.Module) -> int:

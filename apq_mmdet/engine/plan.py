@@ -263,7 +263,7 @@ def _time_lines(plan: Plan) -> list[str]:
     passes = f"  passes: {plan.own} images x {forwards} forwards = {_seconds_text(plan.pass_seconds)} ({parts})"
     if search is None:
         return [
-            "search: nothing is searched, ranges are the least and greatest values seen",
+            f"search: nothing is searched, activation ranges are those of observer {plan.recipe.observer!r}",
             f"time: about {_seconds_text(plan.pass_seconds)} here ({machine})",
             passes,
         ]

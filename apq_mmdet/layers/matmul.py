@@ -21,7 +21,7 @@ class Product(nn.Module):
 
 
 class FloatQueryKeyProduct(Product):
-    """``q k^T``; q, k: [B, H, N, d] -> [B, H, N, N]."""
+    """``q k^T``; q: [B, H, L, d], k: [B, H, S, d] -> [B, H, L, S]."""
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """Attention logits."""
@@ -29,7 +29,7 @@ class FloatQueryKeyProduct(Product):
 
 
 class FloatAttentionValueProduct(Product):
-    """``A v``; A: [B, H, N, N], v: [B, H, N, d] -> [B, H, N, d]."""
+    """``A v``; A: [B, H, L, S], v: [B, H, S, d] -> [B, H, L, d]."""
 
     def forward(self, attention: Tensor, value: Tensor) -> Tensor:
         """Weighted sum of the values."""

@@ -3,7 +3,7 @@
 timm is not imported from here: a ``TimmBackbone`` does it when it is built.
 """
 
-from apq_mmdet.models import mmdet_compensation, mmdet_layers, mmdet_transforms, mmdet_views
+from apq_mmdet.models import mmdet_layers, mmdet_transforms, mmdet_views
 from apq_mmdet.models.detectors import QuantizedDetector
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.models.simple_feature_pyramid import SimpleFeaturePyramid
@@ -16,7 +16,6 @@ __all__ = [
     "SimpleFeaturePyramid",
     "TimmBackbone",
     "detection_task",
-    "mmdet_compensation",
     "mmdet_layers",
     "mmdet_transforms",
     "mmdet_views",

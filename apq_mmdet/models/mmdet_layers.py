@@ -1,4 +1,4 @@
-"""The one adapter that names mmdet's and mmcv's modules: what is a layer, an attention, a block of calibration."""
+"""mmdet's and mmcv's modules: which of them are layers, attention, or a block of calibration."""
 
 from dataclasses import replace
 
@@ -24,6 +24,7 @@ from apq_mmdet.layers.conv import QuantizedConv2d, QuantizedConvTranspose2d
 from apq_mmdet.layers.convert import ATTENTION, INLINE, TRAINING_ONLY
 from apq_mmdet.layers.linear import QuantizedLinear
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
+from apq_mmdet.layers.output_compensation import COMPENSATED
 
 register_layer(mmcv.cnn.Linear)(QuantizedLinear)
 register_layer(mmcv.cnn.Conv2d)(QuantizedConv2d)
@@ -32,6 +33,7 @@ register_layer(mmcv.cnn.ConvTranspose2d)(QuantizedConvTranspose2d)
 register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, BBoxHead, FCNMaskHead)
 register_block(DetrTransformerEncoderLayer, DetrTransformerDecoderLayer, MLP, CSPLayer, DyHeadBlock)
 register_sampler(BBoxHead, FCNMaskHead)(sample_rows)
+COMPENSATED[SwinBlock] = lambda block: block.attn.w_msa.embed_dims
 
 
 @register_sampler(SwinBlock)

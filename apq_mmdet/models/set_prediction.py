@@ -19,6 +19,7 @@ from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.layers.transformer import ddq_detr_layers
 from torch import Tensor, nn
 
+from apq_mmdet.calibration.blocks import hooked
 from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.models.losses import bernoulli_gap, bernoulli_kl, categorical_kl, prepare, weighted_mean
 
@@ -71,15 +72,12 @@ def _proposals(model: DetectionTransformer) -> Iterator[list[Tensor]]:
     """Context that gathers the outputs of the branches for encoder proposals, which stand behind the decoder's."""
     found: list[Tensor] = []
     branches = [model.bbox_head.cls_branches, model.bbox_head.reg_branches] if model.as_two_stage else []
-    handles = [
+    hooks = (
         branch[model.decoder.num_layers].register_forward_hook(lambda *call: found.append(call[-1].clone()))
         for branch in branches
-    ]
-    try:
+    )
+    with hooked(hooks):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

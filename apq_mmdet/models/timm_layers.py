@@ -29,11 +29,20 @@ from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.sampling import register_sampler
 from apq_mmdet.layers.convert import ATTENTION, FLOAT_REASONS, INLINE
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
-from apq_mmdet.models import timm_compensation, timm_transforms, timm_views  # noqa: F401  (registered with it)
-from apq_mmdet.models.mmdet_layers import position_bias
-from apq_mmdet.models.mmdet_layers import random_crop as random_crop
+from apq_mmdet.layers.output_compensation import COMPENSATED
+from apq_mmdet.models import timm_transforms, timm_views  # noqa: F401  (registered with it)
+from apq_mmdet.models.mmdet_layers import position_bias, random_crop
 
 register_block(PatchEmbed, PatchMerging, SwinTransformerBlock, Block)
+
+
+def _compensated_channels(block: Block) -> int | None:
+    qkv = getattr(block.attn, "qkv", None)  # absent from some attention modules
+    return None if qkv is None else qkv.in_features
+
+
+COMPENSATED[SwinTransformerBlock] = lambda block: block.dim
+COMPENSATED[Block] = _compensated_channels
 
 
 class ProductWindowAttention(WindowAttention):

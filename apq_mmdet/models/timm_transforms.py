@@ -6,7 +6,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from apq_mmdet.calibration.transforms import QueryKeyRescaling, Rescaling, ValueRescaling, register_rescalings
-from apq_mmdet.models.mmdet_transforms import behind_norm as behind_norm
+from apq_mmdet.models.mmdet_transforms import behind_norm
 
 
 @register_rescalings(SwinTransformerBlock, Block)

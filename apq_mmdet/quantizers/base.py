@@ -1,4 +1,4 @@
-"""The quantizer interface: scale and zero point per group of an axis, three modes, observed ranges."""
+"""The quantizer interface: scale and zero point per group of an axis, modes, observed ranges."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ class Quantizer(nn.Module, ABC):
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
         min_factor: smallest range factor that a search may choose.
         ranged: whether the range factor changes anything; where not, a search need not try more than one.
-        inputs_of: kinds of layers whose inputs alone the format is for; empty where it does not matter.
+        inputs_of: the only kinds of layers whose inputs the format may quantize; empty for all.
         dynamic: whether the grid of a value follows the values around it.
         centered: whether layers take the mean of each channel off what it quantizes.
         linear: whether values are ``(code - zero_point) * scale``, so that layers can multiply codes.

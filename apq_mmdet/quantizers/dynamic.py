@@ -1,4 +1,4 @@
-"""Dynamic formats: grids that follow the data, of whose range calibration finds the share that they cover."""
+"""Dynamic formats: scale and offset follow from the data at run time; calibration finds the range factor alone."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from apq_mmdet.registry import QUANTIZERS
 
 
 class DynamicQuantizer(Quantizer):
-    """Unsigned codes on grids that follow the data: what values span that share a grid sets its range.
+    """Unsigned codes; the values that share a scale (a token, a RoI, a map) span its range from least to greatest.
 
     Raises:
         ValueError: ``symmetric`` was asked for, or groups of a format that makes none.

@@ -1,4 +1,4 @@
-"""What formats share whose values are no multiple of the codes: two formulas are all that they differ in."""
+"""What formats share whose values are no multiples of a scale; they differ in three formulas."""
 
 from abc import abstractmethod
 
@@ -39,7 +39,7 @@ class NonlinearQuantizer(Quantizer):
 
     @abstractmethod
     def positions(self, x: Tensor) -> Tensor:
-        """Codes of ``x`` as whole floats, not clamped: those beyond the code range are of values out of range."""
+        """Codes of ``x`` as whole floats, not clamped: a code outside the code range marks a value that is clipped."""
 
     @abstractmethod
     def values(self, codes: Tensor) -> Tensor:

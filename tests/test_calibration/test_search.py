@@ -312,7 +312,7 @@ def test_processes_ask_each_other_alike_whatever_they_have_recorded(monkeypatch)
         block, calls = prepared(0, settings)
         exchanges = []
         monkeypatch.setattr("apq_mmdet.calibration.search.MOST_RECORDED", most)
-        for module in ("search", "scoring", "units"):
+        for module in ("replay", "scoring", "units"):
 
             def note(value, module=module, exchanges=exchanges):
                 exchanges.append(module)
