@@ -1,5 +1,7 @@
 """The errors that a user of the toolbox may meet; the command line maps them to exit codes."""
 
+from collections.abc import Sequence
+
 
 class BadInputError(ValueError):
     """Something the user handed over is wrong (a key, a file, a pattern); found before long work starts."""
@@ -15,3 +17,9 @@ class UncalibratedError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint does not fit the model: other architecture, incomplete, newer format, other bits."""
+
+
+def listed(items: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """The first few of what an error has to name, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apq_mmdet.datasets import write_demo_set
 from apq_mmdet.engine import command
-from apq_mmdet.engine.ptq_loop import STATES
+from apq_mmdet.engine.run_record import STATES
 
 ROOT = Path(__file__).resolve().parents[1]
 BITS = (8, 6, 4)

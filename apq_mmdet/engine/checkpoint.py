@@ -1,5 +1,6 @@
 """Checkpoints: float weights in, checked strictly; the quantized model out, packed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,34 @@ import torch
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
-from apq_mmdet.errors import BadInputError
+from apq_mmdet.errors import BadInputError, listed
 from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
 from apq_mmdet.layers.state import FORMAT_VERSION, VERSION_KEY, is_added, packed_state_dict
 
-META_KEY = "apq_mmdet"
+CHECKPOINT = "quantized.pth"  # in a work dir
+META_KEY = "apq_mmdet"  # in a checkpoint's meta
+
+
+def float_state(content: Any, path: str | Path, places: Sequence[str] = ("state_dict",)) -> dict[str, torch.Tensor]:
+    """The weights of a float checkpoint, named without the prefix that distributed training leaves.
+
+    Args:
+        content: what the file holds.
+        places: keys under which the weights may lie; they may also lie bare.
+
+    Raises:
+        BadInputError: there are none, they are quantized, or hold NaN or infinity.
+    """
+    for key in places:
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise BadInputError(f"checkpoint {path} holds no state_dict")
+    if VERSION_KEY in content:
+        raise BadInputError(f"checkpoint {path} is already quantized; quantization starts from a float checkpoint")
+    broken = [key for key, value in content.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise BadInputError(f"checkpoint {path}: weights {broken[0]!r} hold NaN or infinity ({len(broken)} such)")
+    return {key.removeprefix("module."): value for key, value in content.items()}
 
 
 def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
@@ -21,16 +45,8 @@ def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
         BadInputError: unreadable, already quantized, of another architecture, or with NaN weights.
     """
     checkpoint = safe_load(path)
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise BadInputError(f"checkpoint {path} holds no state_dict")
-    if VERSION_KEY in state:
-        raise BadInputError(f"checkpoint {path} is already quantized; quantization starts from a float checkpoint")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = float_state(checkpoint, path)
     _refuse_other_architecture(model, state, path)
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise BadInputError(f"checkpoint {path}: weights {broken[0]!r} hold NaN or infinity ({len(broken)} such)")
     state_dict = type(model.state_dict())(state)  # mmengine sets an attribute, which a plain dict has not
     load_state_dict(model, state_dict, strict=False)
     return checkpoint.get("meta", {}) if "state_dict" in checkpoint else {}
@@ -49,8 +65,7 @@ def _refuse_other_architecture(model: nn.Module, state: dict[str, torch.Tensor],
     for what, found in (("lacks", missing), ("has other shapes:", shapes), ("holds unknown", extra)):
         if found:
             raise BadInputError(
-                f"checkpoint {path} is of another architecture than the config: it {what} {', '.join(found[:3])}"
-                + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                f"checkpoint {path} is of another architecture than the config: it {what} {listed(found)}"
             )
 
 

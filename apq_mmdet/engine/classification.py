@@ -19,15 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from apq_mmdet.calibration import CalibrationTask, Recipe
-from apq_mmdet.errors import BadInputError
+from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, float_state
+from apq_mmdet.errors import BadInputError, listed
 from apq_mmdet.files import safe_load
 from apq_mmdet.layers import quantize_model
 from apq_mmdet.layers.convert import leave_float
-from apq_mmdet.layers.state import VERSION_KEY
 from apq_mmdet.models.losses import categorical_kl
 from apq_mmdet.models.timm_import import import_timm
 
-CHECKPOINT = "quantized.pth"  # in the work dir
 TOP = 5
 
 
@@ -90,12 +89,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         BadInputError: unreadable, already quantized, of another architecture, or with NaN weights.
     """
-    state = _read_state(path)
-    if VERSION_KEY in state:
-        raise BadInputError(f"checkpoint {path} is already quantized; quantization starts from a float checkpoint")
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise BadInputError(f"checkpoint {path}: weights {broken[0]!r} hold NaN or infinity ({len(broken)} such)")
+    state = float_state(_read_content(path), path, ("state_dict", "model"))  # of timm and mmengine; of DeiT and Swin
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     if "adapt_layer_scale" in inspect.signature(convert).parameters:  # of DeiT III, whose factors have other names
         convert = partial(convert, adapt_layer_scale=True)
@@ -104,35 +98,24 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         found = model.load_state_dict(convert(state, model), strict=False)
     except (RuntimeError, AttributeError) as error:  # of other shapes, or for modules that the model has not
         lines = str(error).splitlines()
-        raise BadInputError(f"{other} does not fit: {_first(lines[1:] or lines)}") from error
+        raise BadInputError(f"{other} does not fit: {listed([line.strip() for line in lines[1:] or lines])}") from error
     for what, keys in (("lacks", found.missing_keys), ("holds unknown", found.unexpected_keys)):
         if keys:
-            raise BadInputError(f"{other} {what} {_first(keys)}")
+            raise BadInputError(f"{other} {what} {listed(keys)}")
 
 
-def _first(items: list[str], most: int = 3) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(item.strip() for item in items[:most]) + more
-
-
-def _read_state(path: str | Path) -> dict[str, Tensor]:
+def _read_content(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise BadInputError(f"checkpoint {path} does not exist")
     if str(path).endswith(".safetensors"):
         from safetensors.torch import load_file  # comes with timm, which is optional
 
         try:
-            content = load_file(path)
+            return load_file(path)
         except Exception as error:  # SafetensorError among others
             raise BadInputError(f"checkpoint {path} cannot be read: {error}") from error
-    else:
-        with _training_arguments():
-            content = safe_load(path)
-    for key in ("state_dict", "model"):  # of timm and mmengine; of DeiT and Swin
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise BadInputError(f"checkpoint {path} holds no state_dict")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    with _training_arguments():
+        return safe_load(path)
 
 
 def _training_arguments() -> contextlib.AbstractContextManager[Any]:
@@ -225,7 +208,7 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
     path = Path(path) / CHECKPOINT if os.path.isdir(path) else Path(path)
     content = safe_load(path)
     meta = content.get("meta") if isinstance(content, dict) else None
-    run = meta.get("apq_mmdet", {}) if isinstance(meta, dict) else {}
+    run = meta.get(META_KEY, {}) if isinstance(meta, dict) else {}
     if "data" not in run:
         raise BadInputError(f"{path} is no quantized classifier of tools/quantize_cls.py")
     model = build_classifier(run["model"], run["model_args"])

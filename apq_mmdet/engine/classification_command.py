@@ -1,12 +1,10 @@
 """The logic of ``tools/quantize_cls.py``: from its options to a run, and what the run leaves."""
 
 import argparse
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.device import get_device
 
 import apq_mmdet
@@ -14,9 +12,8 @@ from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
 from apq_mmdet.engine.block_states import BlockStatesOnDisk
-from apq_mmdet.engine.checkpoint import save_quantized
+from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, save_quantized
 from apq_mmdet.engine.classification import (
-    CHECKPOINT,
     LogitsTask,
     build_classifier,
     data_config,
@@ -26,15 +23,21 @@ from apq_mmdet.engine.classification import (
 )
 from apq_mmdet.engine.command import choose_device
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.options import KeyValues, check_seed, check_work_dir, refuse_idle_keys
+from apq_mmdet.engine.options import (
+    KeyValues,
+    add_bits,
+    check_seed,
+    check_work_dir,
+    chosen_bits,
+    merge_options,
+    refuse_idle_keys,
+)
 from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, read_recipe
+from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, seconds_of, sha256_of
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, quantize_model
 from apq_mmdet.models.timm_import import import_timm
-from apq_mmdet.policy import MAX_BITS, MIN_BITS, check_bits
 from apq_mmdet.report import render_table, write_report
-
-STATES = "calibration"  # folder in the work dir for finished blocks and captured activations
 
 EPILOG = """
 examples:
@@ -75,8 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-dir", help="folder of images to evaluate, ROOT/CLASS/IMAGE.jpg; classes in sorted order")
     add("--class-list", help="file with the folder names of --val-dir in the order of the model's classes, one a line")
     add("--recipe", default=DEFAULT_RECIPE, help=f"name in configs/_base_/recipes or path (default: {DEFAULT_RECIPE})")
-    add("--w-bits", type=int, help=f"weight bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
-    add("--a-bits", type=int, help=f"activation bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
+    add_bits(parser)
     add("--cfg-options", nargs="+", action=KeyValues, help="key=value pairs merged into the recipe")
     add("--num-calib", type=int, default=32, help="calibration images (default: 32)")
     add("--batch-size", type=int, default=64, help="evaluated images that run together (default: 64)")
@@ -97,13 +99,8 @@ def read_quant(args: argparse.Namespace) -> dict[str, Any]:
     """
     refuse_idle_keys(args.cfg_options, lambda key: not key.startswith("quant."), "quant.")
     cfg = read_recipe(args.recipe)
-    for key in ("w_bits", "a_bits"):
-        if getattr(args, key) is not None:
-            cfg.quant[key] = check_bits(getattr(args, key), "--" + key.replace("_", "-"))
-    try:
-        cfg.merge_from_dict(args.cfg_options or {}, allow_list_keys=True)
-    except (KeyError, TypeError, AssertionError) as error:
-        raise BadInputError(f"--cfg-options: {error}") from error
+    cfg.quant.update(chosen_bits(args))
+    merge_options(cfg, args.cfg_options)
     return cfg.quant.to_dict()
 
 
@@ -167,7 +164,7 @@ class ClassificationRun:
         """What was asked for."""
         args = self.args
         if args.checkpoint:
-            weights = {"checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()}
+            weights = {"checkpoint_sha256": sha256_of([args.checkpoint])}
         else:
             source = self.model.pretrained_cfg
             weights = {"pretrained": {key: source.get(key) for key in ("tag", "hf_hub_id", "url")}}
@@ -184,16 +181,7 @@ class ClassificationRun:
 
     def _describe_conditions(self) -> dict[str, Any]:
         """What else the bits of the result depend on."""
-        images = hashlib.sha256()
-        for path in self.images.paths:
-            images.update(Path(path).read_bytes())
-        return {
-            "calibration_images_sha256": images.hexdigest(),
-            "device": get_device(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "timm": import_timm().__version__,
-        }
+        return {**calibration_conditions(self.images.paths, get_device()), "timm": import_timm().__version__}
 
     def run(self) -> None:
         """Calibrate, save, evaluate, report."""
@@ -213,8 +201,7 @@ class ClassificationRun:
             self.args.seed,
             capture_dir=self.work_dir / STATES,
         )
-        seconds = time.perf_counter() - calibration_start
-        seconds += sum(block.seconds for block in report.blocks if block.resumed)
+        seconds = seconds_of(report, time.perf_counter() - calibration_start)
         self._save(report)
         metrics = None if self.args.no_eval else self._measure("quantized model")
         metrics = {"float": float_metrics, "quantized": metrics}
@@ -227,33 +214,23 @@ class ClassificationRun:
     def _save(self, report: CalibrationReport) -> None:
         classes = self.evaluated.classes if self.evaluated else None
         described = {**self.description, "classes": classes, "left_float": report.left_float}
-        save_quantized(self.model, self.work_dir / CHECKPOINT, {"apq_mmdet": described})
+        save_quantized(self.model, self.work_dir / CHECKPOINT, {META_KEY: described})
 
     def _report(self, report: CalibrationReport, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
-        policy = self.recipe.policy
-        return {
-            "recipe": self.recipe.name,
-            "bits": {"weight": policy.w_bits, "activation": policy.a_bits},
-            "scope": "whole model",
-            **self.description,
-            "versions": {
-                "apq_mmdet": apq_mmdet.__version__,
-                **apq_mmdet.versions.imported_versions(),
-                "timm": import_timm().__version__,
-            },
-            "device": get_device(),
-            "threads": torch.get_num_threads(),
-            "evaluated_images": len(self.evaluated) if self.evaluated else 0,
-            "metrics": metrics,
-            "calibration_seconds": seconds,
-            "blocks": [vars(block) for block in report.blocks],
-            "left_float": report.left_float,
-            "sizes": {
-                "float_checkpoint_bytes": self.float_bytes,
-                "quantized_checkpoint_bytes": (self.work_dir / CHECKPOINT).stat().st_size,
-            },
-            "layers": [row.to_dict() for row in self.table],
-        }
+        made = run_report(
+            self.recipe,
+            "whole model",
+            self.description,
+            get_device(),
+            report,
+            seconds,
+            metrics,
+            self.float_bytes,
+            self.work_dir / CHECKPOINT,
+            self.table,
+        )
+        made["versions"]["timm"] = import_timm().__version__
+        return {**made, "evaluated_images": len(self.evaluated) if self.evaluated else 0}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,11 +13,21 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
+from apq_mmdet.engine.checkpoint import CHECKPOINT
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.options import KeyValues, check_memory_budget, check_seed, check_work_dir, refuse_idle_keys
-from apq_mmdet.engine.quantized_config import quantized_config, read_config, with_ptq_loop
+from apq_mmdet.engine.options import (
+    KeyValues,
+    add_bits,
+    check_memory_budget,
+    check_seed,
+    check_work_dir,
+    chosen_bits,
+    merge_options,
+    refuse_idle_keys,
+)
+from apq_mmdet.engine.quantized_config import CONFIG, quantized_config, read_config, with_ptq_loop
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.policy import MAX_BITS, MIN_BITS, SCOPES, check_bits
+from apq_mmdet.policy import SCOPES
 
 RUN_CONFIG = "run_config.py"  # name of the config of a run, as mmengine keeps it in the work dir
 LONGEST_WAIT = 2 * 3600  # seconds that a process waits for the others
@@ -67,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="name in configs/_base_/recipes or path (default: the config's own, or apq_plus); bits, scope "
         "and overrides of a config that is quantized already stay",
     )
-    add("--w-bits", type=int, help=f"weight bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
-    add("--a-bits", type=int, help=f"activation bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
+    add_bits(parser)
     add("--scope", choices=SCOPES, help="what is quantized (default: the recipe's, backbone)")
     add("--num-calib", type=int, default=32, help="calibration images (default: 32)")
     add("--calib-dir", help="folder of calibration images (default: images of the config's training set)")
@@ -99,10 +108,7 @@ def build_config(args: argparse.Namespace) -> Config:
     Raises:
         BadInputError: the config cannot be read, or an option does not fit it.
     """
-    settings: dict[str, Any] = {}
-    for key in ("w_bits", "a_bits"):
-        if getattr(args, key) is not None:
-            settings[key] = check_bits(getattr(args, key), "--" + key.replace("_", "-"))
+    settings: dict[str, Any] = chosen_bits(args)
     memory_budget = check_memory_budget(args.memory_budget)
     check_seed(args.seed)
     check_work_dir(args.work_dir)
@@ -110,19 +116,11 @@ def build_config(args: argparse.Namespace) -> Config:
     if args.scope:
         settings["scope"] = args.scope
     cfg = quantized_config(read_config(args.config), args.recipe, settings)
-    if args.cfg_options:
-        try:
-            cfg.merge_from_dict(args.cfg_options, allow_list_keys=True)
-        except (KeyError, TypeError, AssertionError) as error:
-            raise BadInputError(f"--cfg-options: {error}") from error
+    merge_options(cfg, args.cfg_options)
     for key in ("test_dataloader", "test_evaluator"):
         if not cfg.get(key):
             raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
-    for given, written in (
-        (args.config, "config.py"),
-        (args.config, RUN_CONFIG),
-        (args.checkpoint, "quantized.pth"),
-    ):
+    for given, written in ((args.config, CONFIG), (args.config, RUN_CONFIG), (args.checkpoint, CHECKPOINT)):
         if Path(given).resolve() == (Path(args.work_dir) / written).resolve():
             raise BadInputError(f"--work-dir {args.work_dir}: the run would overwrite {given}; use another folder")
     cfg.work_dir = args.work_dir

@@ -9,8 +9,8 @@ from mmdet.models.detectors.base import BaseDetector
 
 from apq_mmdet.calibration import Recipe, calibrate
 from apq_mmdet.calibration.calibrator import CalibrationReport
-from apq_mmdet.engine.checkpoint import save_quantized
-from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, quantized_config, standalone_config
+from apq_mmdet.engine.checkpoint import CHECKPOINT, save_quantized
+from apq_mmdet.engine.quantized_config import CONFIG, DEFAULT_RECIPE, quantized_config, standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic
 from apq_mmdet.layers import quantize_model
@@ -73,5 +73,5 @@ def save_detector(model: BaseDetector, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset_meta = json.loads(json.dumps(model.dataset_meta, default=list))  # plain containers
-    save_quantized(model, folder / "quantized.pth", {"dataset_meta": dataset_meta})
-    write_atomic(folder / "config.py", model.cfg.pretty_text.encode())
+    save_quantized(model, folder / CHECKPOINT, {"dataset_meta": dataset_meta})
+    write_atomic(folder / CONFIG, model.cfg.pretty_text.encode())

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.policy import MAX_BITS, MIN_BITS, check_bits
 
 MOST_SEED = 2**32 - 1  # what numpy takes
 
@@ -33,6 +34,26 @@ def check_work_dir(folder: str | Path) -> None:
     there = next((path for path in (folder, *folder.parents) if path.exists()), None)
     if there is not None and not there.is_dir():
         raise BadInputError(f"--work-dir {folder}: {there} is a file")
+
+
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """Options ``--w-bits`` and ``--a-bits``."""
+    for key, what in (("--w-bits", "weight"), ("--a-bits", "activation")):
+        parser.add_argument(key, type=int, help=f"{what} bits, {MIN_BITS} to {MAX_BITS} (default: the recipe's)")
+
+
+def chosen_bits(args: argparse.Namespace) -> dict[str, int]:
+    """``w_bits`` and ``a_bits`` where they were given; BadInputError where they are out of range."""
+    given = {key: getattr(args, key) for key in ("w_bits", "a_bits")}
+    return {k: check_bits(v, "--" + k.replace("_", "-")) for k, v in given.items() if v is not None}
+
+
+def merge_options(cfg: Config, options: dict[str, Any] | None) -> None:
+    """Merge what ``--cfg-options`` gave into a config; BadInputError where it does not fit."""
+    try:
+        cfg.merge_from_dict(options or {}, allow_list_keys=True)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise BadInputError(f"--cfg-options: {error}") from error
 
 
 def refuse_idle_keys(options: dict[str, Any] | None, idle: Callable[[str], bool], right: str) -> None:

@@ -1,12 +1,10 @@
 """PTQLoop: a TestLoop that calibrates the model, saves it, and then evaluates it."""
 
-import hashlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop
@@ -20,17 +18,16 @@ from apq_mmdet.datasets.calibration import (
     test_pipeline,
 )
 from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
-from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
+from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, load_float_weights, save_quantized
 from apq_mmdet.engine.plan import make_plan, render_plan
-from apq_mmdet.engine.quantized_config import standalone_config
+from apq_mmdet.engine.quantized_config import CONFIG, standalone_config
+from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, seconds_of, sha256_of
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic
 from apq_mmdet.layers import float_only
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.registry import LOOPS
 from apq_mmdet.report import render_table, write_report
-
-STATES = "calibration"  # folder in the work dir for finished blocks and captured activations
 
 
 @LOOPS.register_module()
@@ -121,7 +118,7 @@ class PTQLoop(TestLoop):
         """What was asked for."""
         return {
             "quant": self.runner.cfg.model.quant.to_dict(),
-            "checkpoint_sha256": hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest(),
+            "checkpoint_sha256": sha256_of([self.checkpoint]),
             "calibration_images": self.images.ids,
             "seed": self.seed,
             "version": apq_mmdet.__version__,
@@ -129,17 +126,15 @@ class PTQLoop(TestLoop):
 
     def _describe_conditions(self) -> dict[str, Any]:
         """What else the bits of the result depend on."""
-        images = hashlib.sha256()
-        for path in self.images.paths:
-            images.update(Path(path).read_bytes())
         return {
             "model": self.runner.cfg.model.to_dict(),
             "pipeline": test_pipeline(self.runner.cfg),
-            "calibration_images_sha256": images.hexdigest(),
-            "device": str(next(self.model.parameters()).device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **calibration_conditions(self.images.paths, self._device),
         }
+
+    @property
+    def _device(self) -> str:
+        return str(next(self.model.parameters()).device)
 
     def run(self) -> dict[str, float]:
         """Calibrate, save, evaluate; returns the quantized model's metrics (empty without evaluation)."""
@@ -148,9 +143,8 @@ class PTQLoop(TestLoop):
                 print(render_plan(make_plan(self.model, self.images, self.task, self.model.recipe, self.memory_budget)))
             return {}
         start = time.perf_counter()
-        table = self.model.quantization_table
         if is_main_process():
-            self.runner.logger.info("\n" + render_table(table))
+            self.runner.logger.info("\n" + render_table(self.model.quantization_table))
         float_metrics = None
         if self.eval_float:
             self.runner.logger.info("evaluating the float model")
@@ -159,8 +153,7 @@ class PTQLoop(TestLoop):
         calibration_start = time.perf_counter()
         report = self._calibrate()
         if is_main_process():
-            calibration_seconds = time.perf_counter() - calibration_start
-            calibration_seconds += sum(block.seconds for block in report.blocks if block.resumed)
+            seconds = seconds_of(report, time.perf_counter() - calibration_start)
             self._save(report)
         metrics = None
         if self.evaluate:
@@ -169,11 +162,8 @@ class PTQLoop(TestLoop):
             )
             metrics = super().run()
         if is_main_process():
-            write_report(
-                self.work_dir,
-                self._report(report, table, float_metrics, metrics, calibration_seconds),
-                time.perf_counter() - start,
-            )
+            measured = {"float": float_metrics, "quantized": metrics}
+            write_report(self.work_dir, self._report(report, seconds, measured), time.perf_counter() - start)
             self.states.finish()
         return metrics or {}
 
@@ -190,13 +180,13 @@ class PTQLoop(TestLoop):
         )
 
     def _save(self, report: CalibrationReport) -> None:
-        meta: dict[str, Any] = {"apq_mmdet": self.run_description}
+        meta: dict[str, Any] = {META_KEY: self.run_description}
         dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
         if dataset_meta:
             meta["dataset_meta"] = json.loads(json.dumps(dataset_meta, default=list))
-        save_quantized(self.model, self.work_dir / "quantized.pth", meta)
+        save_quantized(self.model, self.work_dir / CHECKPOINT, meta)
         config = standalone_config(self.runner.cfg, report.left_float)
-        write_atomic(self.work_dir / "config.py", config.pretty_text.encode())
+        write_atomic(self.work_dir / CONFIG, config.pretty_text.encode())
 
     def _dataset_meta(self) -> dict[str, Any] | None:
         """Class names and so on, of a float checkpoint that has none of mmdet 3."""
@@ -204,31 +194,20 @@ class PTQLoop(TestLoop):
             return {key.lower(): self.float_meta[key] for key in ("CLASSES", "PALETTE") if key in self.float_meta}
         return self.dataloader.dataset.metainfo if self.evaluate or self.eval_float else self.images.metainfo
 
-    def _report(
-        self,
-        report: CalibrationReport,
-        table: list,
-        float_metrics: dict | None,
-        metrics: dict | None,
-        seconds: float,
-    ) -> dict[str, Any]:
+    def _report(self, report: CalibrationReport, seconds: float, metrics: dict[str, Any]) -> dict[str, Any]:
         recipe = self.model.recipe
         return {
-            "recipe": recipe.name,
-            "bits": {"weight": recipe.policy.w_bits, "activation": recipe.policy.a_bits},
-            "scope": recipe.policy.scope,
-            **self.run_description,
-            "versions": {"apq_mmdet": apq_mmdet.__version__, **apq_mmdet.versions.imported_versions()},
-            "device": str(next(self.model.parameters()).device),
-            "threads": torch.get_num_threads(),
-            "metrics": {"float": float_metrics, "quantized": metrics},
-            "calibration_seconds": seconds,
-            "blocks": [vars(block) for block in report.blocks],
-            "left_float": report.left_float,
+            **run_report(
+                recipe,
+                recipe.policy.scope,
+                self.run_description,
+                self._device,
+                report,
+                seconds,
+                metrics,
+                Path(self.checkpoint).stat().st_size,
+                self.work_dir / CHECKPOINT,
+                self.model.quantization_table,
+            ),
             "evaluated_calibration_images": self.seen,
-            "sizes": {
-                "float_checkpoint_bytes": Path(self.checkpoint).stat().st_size,
-                "quantized_checkpoint_bytes": (self.work_dir / "quantized.pth").stat().st_size,
-            },
-            "layers": [row.to_dict() for row in table],
         }

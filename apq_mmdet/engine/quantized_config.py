@@ -18,6 +18,7 @@ from apq_mmdet.registry import MODELS, SCOPE, class_name
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
+CONFIG = "config.py"  # in a work dir: of the quantized detector
 KEPT = ("w_bits", "a_bits", "scope", "overrides")  # keys of a config's own quant that say nothing about the method
 # all twelve COCO numbers; mmdet's CocoMetric gives six by default
 COCO_ITEMS = [

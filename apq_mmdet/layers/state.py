@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.errors import CheckpointError
+from apq_mmdet.errors import CheckpointError, listed
 from apq_mmdet.layers.base import INPUT_CENTERS, INPUT_FACTORS, QuantizedLayer
 from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
@@ -58,7 +58,7 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     own = _own_state(model)
     blank = _uncalibrated(own)
     if blank:
-        raise CheckpointError(f"not calibrated: {_listed(blank)}")
+        raise CheckpointError(f"not calibrated: {listed(blank, 5, '; ')}")
     state = {key: value.detach().cpu().contiguous() for key, value in own.items()}
     for name, layer in _weight_layers(model):
         quantizer = layer.quantizers["weight"]
@@ -156,8 +156,8 @@ def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix:
     problems += [f"not calibrated: {key}" for key in _uncalibrated(given)]
     if problems:
         raise CheckpointError(
-            f"the quantized checkpoint does not fit this model: {_listed(problems)}. Load it with the config.py that "
-            f"was written beside it"
+            f"the quantized checkpoint does not fit this model: {listed(problems, 5, '; ')}. Load it with the "
+            f"config.py that was written beside it"
         )
 
 
@@ -170,8 +170,3 @@ def _uncalibrated(state: dict[str, Tensor]) -> list[str]:
         key.removesuffix(".calibrated") for key, value in state.items() if key.endswith(".calibrated") and not value
     ]
     return [name.replace(".quantizers.", ", role ") for name in names]
-
-
-def _listed(items: list[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return "; ".join(items[:most]) + more

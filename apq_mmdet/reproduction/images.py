@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from apq_mmdet.errors import BadInputError
+from apq_mmdet.errors import BadInputError, listed
 
 
 def check_images(folder: Path, files: Sequence[tuple[str, int, int]], what: str) -> None:
@@ -29,8 +29,7 @@ def check_images(folder: Path, files: Sequence[tuple[str, int, int]], what: str)
         bar = tqdm(found, total=len(files), desc=f"checking {what}", unit="image")
         faults = [fault for fault in bar if fault]
     if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise BadInputError(f"{what} cannot be used: {'; '.join(faults[:3])}{more}")
+        raise BadInputError(f"{what} cannot be used: {listed(faults, separator='; ')}")
 
 
 def _fault(path: Path, size: tuple[int, int]) -> str | None:
