@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,20 @@ def check_target(path: Path) -> None:
         raise BadInputError(f"{path} cannot be written: {there} is a file")
 
 
+def plain(content: Any) -> Any:
+    """Nested containers as JSON gives them back; arrays and numbers of numpy and torch as lists and Python's own."""
+    return json.loads(json.dumps(content, default=_plain_value))
+
+
+def _plain_value(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Iterable) else str(value)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Atomic, indented JSON."""
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Atomic, indented JSON of what ``plain`` takes."""
+    write_atomic(path, (json.dumps(content, indent=1, default=_plain_value) + "\n").encode())
 
 
 def tensor_bytes(content: Any) -> bytes:

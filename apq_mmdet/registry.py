@@ -14,13 +14,14 @@ SCOPE = "apq_mmdet"
 
 
 class DetectorRegistry(Registry):
-    """Knows a quantized variant of detectors too that were registered after this package was imported."""
+    """Knows a quantized variant of detectors too that were registered, or replaced, after this package was imported."""
 
     def get(self, key: str) -> Any:
         """The class of this name."""
         scope, name = self.split_scope_key(key)
-        if scope in (None, SCOPE) and name not in self.module_dict:
-            self.import_from_location()
+        if scope in (None, SCOPE):
+            if name not in self.module_dict:
+                self.import_from_location()
             import_module(f"{SCOPE}.models.detectors").register_quantized_detectors()
         return super().get(key)
 

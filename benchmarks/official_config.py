@@ -34,7 +34,9 @@ RUNS = [dict(recipe="minmax", num_calib=4), dict(recipe="apq_fast", num_calib=1)
 def parse_args() -> argparse.Namespace:
     """Command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, required=True, help="folder in COCO layout (annotations, val2017)")
+    parser.add_argument(
+        "--data-root", type=Path, required=True, help="folder in COCO layout: annotations, train2017, val2017"
+    )
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/official_config"))
     parser.add_argument("--num-val", type=int, default=4, help="val images to evaluate")
     parser.add_argument("--scope", default="backbone")
@@ -72,6 +74,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     options = [str(base / "float.py"), str(base / "float.pth"), "--work-dir", str(out), "--recipe", run["recipe"]]
     options += ["--w-bits", "4", "--a-bits", "4", "--num-calib", str(run["num_calib"]), "--scope", args.scope]
     parsed = command.build_parser().parse_args([*options, "--device", "cpu"])
+    command.choose_device(parsed.device)
     start = time.perf_counter()
     runner = Runner.from_cfg(command.build_config(parsed))
     runner.test()

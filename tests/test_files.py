@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import sys
@@ -14,7 +15,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
+from apq_mmdet.files import check_target, plain, safe_load, tensor_bytes, write_atomic, write_json
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -163,6 +164,15 @@ def test_no_checkpoint_is_refused(tmp_path, content, reason):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(BadInputError, match=rf"a\.pth cannot be loaded safely \(weights_only\): {reason}"):
         safe_load(tmp_path / "a.pth")
+
+
+def test_numbers_and_arrays_become_plain(tmp_path):
+    content = {"ap": np.float32(0.5), "palette": np.uint8([[1, 2]]), "size": torch.tensor(3), "names": ("a", "b")}
+    want = {"ap": 0.5, "palette": [[1, 2]], "size": 3, "names": ["a", "b"]}
+    assert plain(content) == want
+    write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_text()) == want
+    assert plain({"path": tmp_path, "keys": {"a": 1}.keys()}) == {"path": str(tmp_path), "keys": ["a"]}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.options import check_seed
+from apq_mmdet.engine.options import check_seed, refuse_overwriting
 from apq_mmdet.engine.quantized_config import read_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
@@ -48,6 +48,7 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
         BadInputError: a quantized config, no Swin blocks, a checkpoint of another architecture, no images.
     """
     check_seed(args.seed)
+    refuse_overwriting({args.out: [args.checkpoint]}, "OUT")
     cfg = read_config(args.config)
     if not isinstance(cfg.get("model"), dict):
         raise BadInputError(f"config {args.config} defines no model")
@@ -77,7 +78,8 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
 def _state_like(checkpoint: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's state under the keys of the file."""
     content = safe_load(checkpoint)
-    return {key: own[key.removeprefix("module.")].clone() for key in content.get("state_dict", content)}
+    names = {key: key.removeprefix("module.") for key in content.get("state_dict", content)}
+    return {key: own[name].clone() for key, name in names.items() if name in own}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import tensor_bytes, write_atomic, write_json
+from apq_mmdet.files import plain, tensor_bytes, write_atomic, write_json
 
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
@@ -34,7 +34,7 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
                 f"{folder} holds {foreign.name}, which is no block of a calibration: use another --work-dir"
             )
         return
-    run, kept = _plain(run), json.loads((folder / DESCRIPTION).read_text())
+    run, kept = plain(run), json.loads((folder / DESCRIPTION).read_text())
     changed = [key for key in run if kept.get(key) != run[key]]
     if resume and changed:
         raise BadInputError(
@@ -47,11 +47,6 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
             f"{folder} holds {blocks} finished blocks of this very run: go on with --resume, or delete the folder to "
             f"start anew"
         )
-
-
-def _plain(run: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(run, default=str))
 
 
 class BlockStatesOnDisk:
@@ -75,7 +70,7 @@ class BlockStatesOnDisk:
             return
         for path in (folder / DESCRIPTION, folder / FINISHED, *folder.glob("*.pth")):
             path.unlink(missing_ok=True)
-        write_json(folder / DESCRIPTION, _plain(run))
+        write_json(folder / DESCRIPTION, plain(run))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.pth"

@@ -14,6 +14,7 @@ from apq_mmdet.layers.state import FORMAT_VERSION, VERSION_KEY, is_added, packed
 
 CHECKPOINT = "quantized.pth"  # in a work dir
 META_KEY = "apq_mmdet"  # in a checkpoint's meta
+PREPROCESSOR = "data_preprocessor."
 
 
 def float_state(content: Any, path: str | Path, places: Sequence[str] = ("state_dict",)) -> dict[str, torch.Tensor]:
@@ -45,11 +46,13 @@ def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
         BadInputError: unreadable, already quantized, of another architecture, or with NaN weights.
     """
     checkpoint = safe_load(path)
-    state = float_state(checkpoint, path)
+    own = model.state_dict()
+    # early versions of mmengine saved what the preprocessor has from the config, which is what counts in mmdet too
+    state = {k: v for k, v in float_state(checkpoint, path).items() if k in own or not k.startswith(PREPROCESSOR)}
     _refuse_other_architecture(model, state, path)
-    state_dict = type(model.state_dict())(state)  # mmengine sets an attribute, which a plain dict has not
+    state_dict = type(own)(state)  # mmengine sets an attribute, which a plain dict has not
     load_state_dict(model, state_dict, strict=False)
-    return checkpoint.get("meta", {}) if "state_dict" in checkpoint else {}
+    return (checkpoint.get("meta") or {}) if "state_dict" in checkpoint else {}
 
 
 def _refuse_other_architecture(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:

@@ -31,6 +31,7 @@ from apq_mmdet.engine.options import (
     chosen_bits,
     merge_options,
     refuse_idle_keys,
+    refuse_overwriting,
 )
 from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, read_recipe
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, seconds_of, sha256_of
@@ -97,7 +98,7 @@ def read_quant(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BadInputError: unknown recipe, bits out of range, or an option that does not fit.
     """
-    refuse_idle_keys(args.cfg_options, lambda key: not key.startswith("quant."), "quant.")
+    refuse_idle_keys(args.cfg_options, lambda key: not key.startswith("quant."), "write quant.{}")
     cfg = read_recipe(args.recipe)
     cfg.quant.update(chosen_bits(args))
     merge_options(cfg, args.cfg_options)
@@ -119,6 +120,8 @@ class ClassificationRun:
         choose_device(args.device)
         check_seed(args.seed)
         check_work_dir(args.work_dir)
+        if args.checkpoint:
+            refuse_overwriting({args.work_dir / CHECKPOINT: [args.checkpoint]}, "--work-dir")
         for key in ("batch_size", "workers"):
             least = int(key == "batch_size")
             if getattr(args, key) < least:

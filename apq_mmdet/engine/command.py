@@ -24,6 +24,7 @@ from apq_mmdet.engine.options import (
     chosen_bits,
     merge_options,
     refuse_idle_keys,
+    refuse_overwriting,
 )
 from apq_mmdet.engine.quantized_config import CONFIG, quantized_config, read_config, with_ptq_loop
 from apq_mmdet.errors import BadInputError
@@ -40,6 +41,16 @@ LAUNCHER_VARIABLES = {
 LAUNCHER_COMMANDS = {"pytorch": "torchrun", "slurm": "srun", "mpi": "mpirun"}
 # what building a model or a work dir raises where the config is wrong or a package that it needs is missing
 CANNOT_BE_BUILT = (TypeError, ValueError, KeyError, AssertionError, RuntimeError, ImportError, OSError)
+
+# keys of a config that the command sets by itself, and what sets them
+OWN_OPTIONS = {
+    "work_dir": "use --work-dir",
+    "launcher": "use --launcher",
+    "resume": "use --resume",
+    "load_from": "the checkpoint is the second argument",
+    "randomness.seed": "use --seed",
+    "test_cfg.type": "the command has a test loop of its own",
+}
 
 EPILOG = """
 examples:
@@ -112,7 +123,9 @@ def build_config(args: argparse.Namespace) -> Config:
     memory_budget = check_memory_budget(args.memory_budget)
     check_seed(args.seed)
     check_work_dir(args.work_dir)
-    refuse_idle_keys(args.cfg_options, lambda key: key.startswith("quant."), "model.quant.")
+    refuse_idle_keys(args.cfg_options, lambda key: key.startswith("quant."), "write model.quant.{}")
+    for key, right in OWN_OPTIONS.items():
+        refuse_idle_keys(args.cfg_options, lambda given, key=key: f"{given}.".startswith(f"{key}."), right)
     if args.scope:
         settings["scope"] = args.scope
     cfg = quantized_config(read_config(args.config), args.recipe, settings)
@@ -120,13 +133,13 @@ def build_config(args: argparse.Namespace) -> Config:
     for key in ("test_dataloader", "test_evaluator"):
         if not cfg.get(key):
             raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
-    for given, written in ((args.config, CONFIG), (args.config, RUN_CONFIG), (args.checkpoint, CHECKPOINT)):
-        if Path(given).resolve() == (Path(args.work_dir) / written).resolve():
-            raise BadInputError(f"--work-dir {args.work_dir}: the run would overwrite {given}; use another folder")
+    out = Path(args.work_dir)
+    given = {out / CONFIG: [args.config], out / RUN_CONFIG: [args.config], out / CHECKPOINT: [args.checkpoint]}
+    refuse_overwriting(given, "--work-dir")
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher
     cfg.load_from, cfg.resume = None, False
-    cfg.randomness = dict(seed=args.seed)
+    cfg.randomness = {**(cfg.get("randomness") or {}), "seed": args.seed}
     cfg = with_ptq_loop(
         cfg,
         checkpoint=args.checkpoint,

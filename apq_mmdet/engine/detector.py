@@ -1,6 +1,5 @@
 """A detector in memory: quantize it, and save it for mmdet's own tools."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from apq_mmdet.calibration.calibrator import CalibrationReport
 from apq_mmdet.engine.checkpoint import CHECKPOINT, save_quantized
 from apq_mmdet.engine.quantized_config import CONFIG, DEFAULT_RECIPE, quantized_config, standalone_config
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import write_atomic
+from apq_mmdet.files import plain, write_atomic
 from apq_mmdet.layers import quantize_model
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
@@ -72,6 +71,5 @@ def save_detector(model: BaseDetector, folder: str | Path) -> None:
         raise BadInputError(f"{type(model).__name__} is a float model: quantize it first, with quantize_detector")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dataset_meta = json.loads(json.dumps(model.dataset_meta, default=list))  # plain containers
-    save_quantized(model, folder / CHECKPOINT, {"dataset_meta": dataset_meta})
+    save_quantized(model, folder / CHECKPOINT, {"dataset_meta": plain(model.dataset_meta)})
     write_atomic(folder / CONFIG, model.cfg.pretty_text.encode())

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,19 @@ def check_work_dir(folder: str | Path) -> None:
         raise BadInputError(f"--work-dir {folder}: {there} is a file")
 
 
+def refuse_overwriting(written: dict[Path, Sequence[str | Path]], option: str) -> None:
+    """Raise BadInputError where a file that a run writes is one that it was given.
+
+    Args:
+        written: files that it writes, each with those that it must not be.
+        option: that says where they are written.
+    """
+    for path, given in written.items():
+        for other in given:
+            if Path(other).resolve() == path.resolve():
+                raise BadInputError(f"{option} {path.parent}: the run would overwrite {other}; use another folder")
+
+
 def add_bits(parser: argparse.ArgumentParser) -> None:
     """Options ``--w-bits`` and ``--a-bits``."""
     for key, what in (("--w-bits", "weight"), ("--a-bits", "activation")):
@@ -61,12 +74,12 @@ def refuse_idle_keys(options: dict[str, Any] | None, idle: Callable[[str], bool]
 
     Args:
         idle: whether a key is one of those.
-        right: what keys have to begin with instead.
+        right: what to do instead; ``{}`` in it is the key without ``model.`` and ``quant.``.
     """
     for key in options or {}:
         if idle(key):
             name = key.removeprefix("model.").removeprefix("quant.")
-            raise BadInputError(f"--cfg-options {key} would change nothing here: write {right}{name}")
+            raise BadInputError(f"--cfg-options {key} would change nothing here: {right.format(name)}")
 
 
 class KeyValues(DictAction):

@@ -23,7 +23,7 @@ from apq_mmdet.engine.plan import make_plan, render_plan
 from apq_mmdet.engine.quantized_config import CONFIG, standalone_config
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, seconds_of, sha256_of
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import write_atomic
+from apq_mmdet.files import plain, write_atomic
 from apq_mmdet.layers import float_only
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.registry import LOOPS
@@ -183,7 +183,7 @@ class PTQLoop(TestLoop):
         meta: dict[str, Any] = {META_KEY: self.run_description}
         dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
         if dataset_meta:
-            meta["dataset_meta"] = json.loads(json.dumps(dataset_meta, default=list))
+            meta["dataset_meta"] = plain(dataset_meta)
         save_quantized(self.model, self.work_dir / CHECKPOINT, meta)
         config = standalone_config(self.runner.cfg, report.left_float)
         write_atomic(self.work_dir / CONFIG, config.pretty_text.encode())

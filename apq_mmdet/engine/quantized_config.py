@@ -8,7 +8,9 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import mmengine.registry
+from mmdet.registry import HOOKS
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import EMAHook
 from mmengine.registry import Registry
 
 from apq_mmdet.checks import refuse_unknown
@@ -94,13 +96,21 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     cfg.model.type = f"{SCOPE}.{name}"
     cfg.model.quant = {**quant, **settings}
     # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
-    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if class_name(hook["type"]) != "EMAHook"]
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if not _averages_weights(hook)]
+    for name, hook in list((cfg.get("default_hooks") or {}).items()):
+        if hook and _averages_weights(hook):
+            del cfg.default_hooks[name]
     for evaluator in _evaluators(cfg):
         # mmdet finds the later ones of them by their place, which holds for three numbers of proposals only
         usual = len(evaluator.get("proposal_nums", COCO_PROPOSALS)) == len(COCO_PROPOSALS)
         if class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items") and usual:
             evaluator["metric_items"] = list(COCO_ITEMS)
     return cfg
+
+
+def _averages_weights(hook: dict[str, Any]) -> bool:
+    kind = HOOKS.get(hook["type"]) if isinstance(hook.get("type"), str) else None
+    return kind is not None and issubclass(kind, EMAHook)
 
 
 def _with_names(cfg: Config) -> Config:
@@ -182,10 +192,16 @@ def _evaluators(cfg: Config) -> list[ConfigDict]:
 
 
 def with_ptq_loop(cfg: Config, **loop: Any) -> Config:
-    """Replace the config's test loop by a PTQLoop with these arguments."""
+    """Replace the config's test loop by a PTQLoop with these arguments, which evaluates in the same precision."""
     cfg = copy.deepcopy(cfg)
-    cfg.test_cfg = dict(type=f"{SCOPE}.PTQLoop", **loop)
+    cfg.test_cfg = _test_loop(cfg, f"{SCOPE}.PTQLoop", **loop)
     return cfg
+
+
+def _test_loop(cfg: Config, kind: str, **loop: Any) -> dict[str, Any]:
+    """A test loop in the precision of the config's own."""
+    fp16 = dict(fp16=True) if (cfg.get("test_cfg") or {}).get("fp16") else {}
+    return dict(type=kind, **fp16, **loop)
 
 
 def standalone_config(cfg: Config, left_float: list[str]) -> Config:
@@ -196,7 +212,7 @@ def standalone_config(cfg: Config, left_float: list[str]) -> Config:
         left_float: names of layers that saw no data and stay float; written down as overrides.
     """
     cfg = copy.deepcopy(cfg)
-    cfg.test_cfg = dict(type="TestLoop")
+    cfg.test_cfg = _test_loop(cfg, "TestLoop")
     cfg.load_from, cfg.resume = None, False
     cfg.launcher = "none"
     # before mmdet's tools build a Runner, whose log imports torchvision: see apq_mmdet.torchvision_operators

@@ -8,6 +8,7 @@ from torch import nn
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.base import LAYERS, quantized_layers, to_quantized
+from apq_mmdet.layers.matmul import Product
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -134,7 +135,7 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
         if name in planned:
             table += planned[name].rows
             planned[name].apply()
-        elif _is_leaf(module) or type(module) in INLINE:
+        elif _is_leaf(module) or _inline_reason(module):
             reason = _float_reason(module) if module in inside else f"outside scope {policy.scope!r}"
             reason = "runs in training only" if module in unused else reason
             table.append(_float_row(name, module, "-", reason))
@@ -239,10 +240,18 @@ def _num_weights(module: nn.Module) -> int:
 
 
 def _float_reason(module: nn.Module) -> str:
+    name = type(module).__name__
+    return _inline_reason(module) or FLOAT_REASONS.get(name, f"{name} has no quantized form")
+
+
+def _inline_reason(module: nn.Module) -> str | None:
+    """Why what a module computes inline stays float; None where it computes nothing of importance that way."""
     if type(module) in INLINE:
         return INLINE[type(module)]
-    name = type(module).__name__
-    return FLOAT_REASONS.get(name, f"{name} has no quantized form")
+    base = next((cls.__name__ for cls in ATTENTION if isinstance(module, cls) and type(module) is not cls), None)
+    if base is None or any(isinstance(part, Product) for part in module.modules()):
+        return None
+    return f"a {base} of another class: its products have no modules"
 
 
 def _float_row(name: str, module: nn.Module, role: str, reason: str) -> LayerRow:

@@ -35,13 +35,18 @@ class QuantizedDetector:
 
 
 def register_quantized_detectors() -> None:
-    """Register a quantized variant of each detector that mmdet's registry holds by now, under the detector's name."""
+    """Register a quantized variant of each detector that mmdet's registry holds by now, under the detector's name.
+
+    One whose detector has been replaced since (``register_module(force=True)``) is replaced too.
+    """
     for name, cls in MMDET_MODELS.module_dict.items():
-        known = name in MODELS.module_dict or cls is BaseDetector
-        if not known and isinstance(cls, type) and issubclass(cls, BaseDetector):
+        if not (isinstance(cls, type) and issubclass(cls, BaseDetector)) or cls is BaseDetector:
+            continue
+        known = MODELS.module_dict.get(name)
+        if known is None or (issubclass(known, QuantizedDetector) and cls not in known.__bases__):
             doc = f"mmdet's {name} with quantized layers; see QuantizedDetector."
             quantized = type(name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
-            MODELS.register_module(name=name, module=quantized)
+            MODELS.register_module(name=name, module=quantized, force=True)
             globals()[name] = quantized  # where pickle looks for it
 
 

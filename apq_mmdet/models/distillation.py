@@ -28,6 +28,7 @@ from mmdet.models.detectors.maskformer import MaskFormer
 from mmdet.models.detectors.single_stage import SingleStageDetector
 from mmdet.models.detectors.two_stage import TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from torch import Tensor, nn
 
@@ -56,8 +57,7 @@ def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask
         BadInputError: scope 'detector', and no task runs the heads of such a detector.
     """
     # exact: subclasses may predict other things
-    heads = type(getattr(model, "rpn_head", None)), type(getattr(model, "roi_head", None))
-    if isinstance(model, TwoStageDetector) and heads in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)):
+    if isinstance(model, TwoStageDetector) and _has_plain_heads(model):
         return TwoStageTask()
     for detectors, head, heads, task in (
         (SingleStageDetector, "bbox_head", (AnchorHead, RetinaHead), DenseTask),
@@ -74,6 +74,14 @@ def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask
             f"use scope 'backbone'"
         )
     return NeckTask()
+
+
+def _has_plain_heads(model: TwoStageDetector) -> bool:
+    heads = type(getattr(model, "rpn_head", None)), type(getattr(model, "roi_head", None))
+    if heads not in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)):
+        return False
+    boxes = model.roi_head.bbox_head  # SABL's predict buckets
+    return all(isinstance(head, BBoxHead) for head in (boxes if isinstance(boxes, nn.ModuleList) else [boxes]))
 
 
 def dense_loss(student: tuple, teacher: tuple) -> Tensor:

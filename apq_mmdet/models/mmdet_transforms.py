@@ -1,6 +1,7 @@
 """Rescalings of mmdet's blocks that keep their float function."""
 
-from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
+from mmcv.cnn.bricks.transformer import FFN
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, WindowMSA
 from mmdet.models.layers import PatchMerging
 from torch import nn
 
@@ -11,6 +12,7 @@ from apq_mmdet.calibration.transforms import (
     ValueRescaling,
     register_rescalings,
 )
+from apq_mmdet.models.mmdet_layers import ProductWindowMSA
 
 
 @register_rescalings(SwinBlock)
@@ -18,15 +20,18 @@ def swin_block(block: SwinBlock) -> list[Rescaling]:
     """Behind both norms, between query and key, and between value and projection."""
     if type(block).forward is not SwinBlock.forward or type(block.attn).forward is not ShiftWindowMSA.forward:
         return []  # a subclass may use what is rescaled elsewhere
-    attention = block.attn.w_msa
-    # float models have no modules for the two products of attention
-    products = [getattr(attention, name, None) for name in ("query_key", "attention_value")]
-    return [
-        *behind_norm("norm1", block.norm1, attention.qkv),
-        QueryKeyRescaling("query_key", attention.qkv, products[0]),
-        ValueRescaling("value_proj", attention.qkv, attention.proj, products[1]),
-        *behind_norm("norm2", block.norm2, block.ffn.layers[0][0]),
-    ]
+    attention, rescalings = block.attn.w_msa, []
+    if type(attention).forward in (WindowMSA.forward, ProductWindowMSA.forward):
+        # float models have no modules for the two products of attention
+        products = [getattr(attention, name, None) for name in ("query_key", "attention_value")]
+        rescalings = [
+            *behind_norm("norm1", block.norm1, attention.qkv),
+            QueryKeyRescaling("query_key", attention.qkv, products[0]),
+            ValueRescaling("value_proj", attention.qkv, attention.proj, products[1]),
+        ]
+    if type(block.ffn).forward is FFN.forward:
+        rescalings += behind_norm("norm2", block.norm2, block.ffn.layers[0][0])
+    return rescalings
 
 
 @register_rescalings(PatchMerging)

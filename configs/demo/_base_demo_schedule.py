@@ -1,6 +1,9 @@
 # One epoch of fine-tuning at full size: AdamW, warm-up, cosine decay, averaged weights.
 _base_ = "mmdet::_base_/default_runtime.py"
 
+# before mmdet's tools build a Runner, whose log imports torchvision: see apq_mmdet.torchvision_operators
+custom_imports = dict(imports=["apq_mmdet"])
+
 max_epochs = 1
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_begin=1000)  # measured by mmdet's test tool
 val_cfg = dict(type="ValLoop")

@@ -219,6 +219,14 @@ def test_readme_python(well_read):
     assert len(well_read.namespace["result"].pred_instances) > 0
 
 
+def test_classification_python(well_read):
+    (code,) = blocks(ROOT / "docs" / "classification.md", "From Python")
+    well_read.namespace = dict(images=[torch.randn(1, 3, 224, 224)])
+    well_read.run(code)
+    assert well_read.namespace["state"]["blocks.0.attn.qkv.weight_codes"].dtype == torch.uint8
+    assert any(row.layer == "blocks.0.attn.query_key" and row.bits == 4 for row in well_read.namespace["table"])
+
+
 def test_no_fenced_block_is_left_out():
     assert LIBRARY.read_text().count("```") == 2 * len(LIBRARY_BLOCKS)
     assert README.read_text().count("```") == 2 * len((OWN_CONFIG, INHERITING, QUANTIZE, LOAD))

@@ -115,3 +115,11 @@ def test_downloads_are_timms_and_asked_for(monkeypatch):
     with pytest.raises(BadInputError, match="last layer's weights would be random"):
         build_classifier(VIT, {"num_classes": 4}, pretrained=True)
     assert asked == [False, True]
+
+
+def test_what_a_run_reads_is_not_overwritten(folders, classifiers, tmp_path, capsys):
+    own = tmp_path / "quantized.pth"
+    own.write_bytes(classifiers[VIT].read_bytes())
+    assert main(options(folders, {VIT: own}, tmp_path)) == 2
+    assert f"the run would overwrite {own}" in capsys.readouterr().err
+    assert own.read_bytes() == classifiers[VIT].read_bytes()

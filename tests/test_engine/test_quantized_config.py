@@ -1,11 +1,16 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+import torch
+from helpers import CHECKPOINT, ROOT
 from mmdet.models.detectors import MaskRCNN
+from mmdet.registry import HOOKS
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 
+from apq_mmdet.engine import command
+from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.ptq_loop import PTQLoop
 from apq_mmdet.engine.quantized_config import load_recipe, quantized_config, read_config, standalone_config
 from apq_mmdet.errors import BadInputError
@@ -69,6 +74,34 @@ def test_a_recipe_that_is_none_is_refused():
         quantized_config(cfg, None, {})
 
 
+def test_hooks_that_average_weights_are_left_out_wherever_they_stand(tmp_path):
+    class Mine(EMAHook):
+        pass
+
+    cfg = Config.fromfile(FLOAT)
+    cfg.custom_hooks = [dict(type="Mine"), dict(type="NumClassCheckHook"), dict(type="EMAHook")]
+    cfg.default_hooks = dict(averaging=dict(type="EMAHook"), logger=dict(type="LoggerHook"), timer=None)
+    HOOKS.register_module(module=Mine)
+    try:
+        made = quantized_config(cfg, "minmax", {})
+    finally:
+        HOOKS.module_dict.pop("Mine")
+    assert [hook.type for hook in made.custom_hooks] == ["NumClassCheckHook"]
+    assert list(made.default_hooks) == ["logger", "timer"]
+
+
+def test_evaluation_keeps_its_precision_and_determinism(tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text(f"_base_ = '{FLOAT}'\nrandomness = dict(deterministic=True)\ntest_cfg = dict(fp16=True)\n")
+    args = command.build_parser().parse_args([str(config), "float.pth", "--work-dir", str(tmp_path), "--seed", "3"])
+    made = command.build_config(args)
+    assert made.randomness == dict(seed=3, deterministic=True)
+    assert made.test_cfg.type == "apq_mmdet.PTQLoop"
+    assert made.test_cfg.fp16 is True
+    assert standalone_config(made, []).test_cfg == dict(type="TestLoop", fp16=True)
+    assert standalone_config(Config.fromfile(FLOAT), []).test_cfg == dict(type="TestLoop")
+
+
 def test_layers_without_data_are_written_down_beside_those_of_before():
     cfg = quantized_config(Config.fromfile(FLOAT), "minmax", {})
     once = standalone_config(cfg, ["a", "b"])
@@ -95,6 +128,28 @@ def test_detectors_that_are_registered_later_have_a_quantized_variant():
         for registry in (MODELS, MMDET_MODELS):
             registry.module_dict.pop("LaterMaskRCNN", None)
     assert MODELS.get("apq_mmdet.NoMaskRCNN") is None
+
+
+def test_a_detector_that_is_replaced_has_a_new_quantized_variant():
+    class Replacement(MaskRCNN):
+        pass
+
+    before = MODELS.get("apq_mmdet.MaskRCNN")
+    MMDET_MODELS.register_module(name="MaskRCNN", module=Replacement, force=True)
+    try:
+        assert issubclass(MODELS.get("apq_mmdet.MaskRCNN"), Replacement)
+    finally:
+        MMDET_MODELS.register_module(name="MaskRCNN", module=MaskRCNN, force=True)
+    assert MODELS.get("apq_mmdet.MaskRCNN").__bases__ == before.__bases__
+
+
+def test_a_preprocessors_buffers_of_old_checkpoints_do_not_count(tmp_path):
+    model = MMDET_MODELS.build(Config.fromfile(FLOAT).model)
+    content = torch.load(CHECKPOINT, weights_only=True)
+    content["state_dict"] |= {f"data_preprocessor.{name}": torch.zeros(3, 1, 1) for name in ("mean", "std")}
+    torch.save({**content, "meta": None}, tmp_path / "old.pth")
+    assert load_float_weights(model, str(tmp_path / "old.pth")) == {}
+    assert torch.equal(model.state_dict()["backbone.norm0.weight"], content["state_dict"]["backbone.norm0.weight"])
 
 
 def test_class_names_of_an_mmdet_2_checkpoint_are_kept():

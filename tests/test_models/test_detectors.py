@@ -158,7 +158,13 @@ def test_retinanet_swin(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "task"),
-    [("htc/htc_r50_fpn_1x_coco", NeckTask), ("scnet/scnet_r50_fpn_1x_coco", NeckTask), ("mask_rcnn", TwoStageTask)],
+    [
+        ("htc/htc_r50_fpn_1x_coco", NeckTask),
+        ("scnet/scnet_r50_fpn_1x_coco", NeckTask),
+        ("sabl/sabl-faster-rcnn_r50_fpn_1x_coco", NeckTask),
+        ("sabl/sabl-cascade-rcnn_r50_fpn_1x_coco", NeckTask),
+        ("mask_rcnn", TwoStageTask),
+    ],
 )
 def test_heads_that_need_more_are_left_out_of_the_loss(name, task):
     """Semantic features and the like: a subclass of a known head may not run as that does."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from helpers import build_swin, in_processes, process_group, recipe
-from mmdet.models.backbones.swin import SwinBlock
+from mmdet.models.backbones.swin import SwinBlock, WindowMSA
 from mmdet.models.layers import PatchMerging
 from torch import nn
 
@@ -69,6 +69,26 @@ def test_other_norms_and_subclasses_are_left_alone():
 
     block.__class__ = Other
     assert rescalings_of(block) == []
+
+
+def test_other_attention_and_other_ffns_are_left_alone():
+    """They may use what is rescaled in a way that does not cancel: a cosine of queries and keys, a gate."""
+
+    class Cosine(WindowMSA):
+        def forward(self, x, mask=None):
+            return x
+
+    swin = build_swin()
+    block, other = blocks_of(swin, SwinBlock)
+    block.attn.w_msa.__class__ = Cosine
+    other.ffn = nn.Sequential(nn.Linear(8, 8))
+    assert [r.name for r in rescalings_of(block)] == ["norm2"]
+    assert [r.name for r in rescalings_of(other)] == ["norm1", "query_key", "value_proj"]
+    table = {row.layer: row for row in quantize_model(swin, recipe("minmax").policy)}
+    own = table["stages.0.blocks.0.attn.w_msa"]
+    assert (own.bits, own.reason) == (None, "a WindowMSA of another class: its products have no modules")
+    assert "stages.0.blocks.1.attn.w_msa" not in table
+    assert [r.name for r in rescalings_of(other)] == ["norm1", "query_key", "value_proj"]
 
 
 def quantized_block(images=3, own=None):

@@ -96,6 +96,14 @@ def test_tool_writes_a_checkpoint_like_the_one_it_read(tool, images, tmp_path, c
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_tool_does_not_overwrite_what_it_reads(tool, tmp_path, capsys):
+    own = tmp_path / "float.pth"
+    own.write_bytes(CHECKPOINT.read_bytes())
+    assert tool.main([str(CONFIG), str(own), str(tmp_path / "." / "float.pth")]) == 2
+    assert f"would overwrite {own}" in capsys.readouterr().err
+    assert own.read_bytes() == CHECKPOINT.read_bytes()
+
+
 def test_tool_refuses_other_backbones(tool, tmp_path, capsys):
     path = tmp_path / "resnet.py"
     path.write_text(
