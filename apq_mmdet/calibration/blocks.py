@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-from apq_mmdet.layers.base import QuantizedLayer, quantizers_of
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 
 BLOCK_CLASSES: list[type[nn.Module]] = []
 
@@ -24,9 +25,13 @@ def partition(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks that hold quantizers, by name; a quantized layer outside every block class is a block of its own.
 
     A module that has several names is known by the first.
+
+    Raises:
+        BadInputError: a quantized layer is part of two blocks, each of which would calibrate it.
     """
     blocks: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
+    owners: dict[nn.Module, str] = {}  # of quantized layers
 
     def walk(name: str, module: nn.Module) -> None:
         if module in seen or not quantizers_of(module):
@@ -34,6 +39,13 @@ def partition(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(module)
         if isinstance(module, (QuantizedLayer, *BLOCK_CLASSES)):
             blocks[name] = module
+            for layer, part in quantized_layers(module):
+                owner = owners.setdefault(part, name)
+                if owner != name:
+                    raise BadInputError(
+                        f"layer {layer!r} of block {name!r} is used in block {owner!r} too, and can be calibrated in "
+                        f"one of them only: leave it float with an override"
+                    )
             return
         for child_name, child in module.named_children():
             walk(f"{name}.{child_name}" if name else child_name, child)

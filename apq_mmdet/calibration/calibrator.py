@@ -102,15 +102,18 @@ def calibrate(
             ``capture_dir``.
 
     Raises:
-        BadInputError: a grid holds no factor that a format allows.
+        BadInputError: a grid holds no factor that a format allows, weights are of half precision, or an earlier
+            calibration has changed them.
         CalibrationError: no samples, a quantizer that saw no data, or NaN or infinite values, a zero or non-finite
             gradient.
 
-    Whatever is raised, also by an interrupt, leaves a model whose quantizers are not calibrated.
+    Whatever is raised, also by an interrupt, leaves a model whose quantizers are not calibrated; its weights may have
+    changed, where the recipe changes weights.
     """
     if not len(samples):
         raise CalibrationError("no calibration samples")
     check_grids(model, recipe.search)
+    _check_weights(model)
     task = task or FeatureTask()
     blocks = partition(model)
     training = [module for module in model.modules() if module.training]
@@ -126,11 +129,24 @@ def calibrate(
             reports: list[BlockReport] = []
             if recipe.search is not None:
                 capture_gradients(model, blocks, samples, task, store, recipe.importance)
+                model.weights_changed_by_calibration = recipe.changes_weights
                 reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
     finally:
         for module in training:
             module.training = True
     return CalibrationReport(reports, left_float)
+
+
+def _check_weights(model: nn.Module) -> None:
+    if getattr(model, "weights_changed_by_calibration", False):
+        raise BadInputError(
+            "an earlier calibration of this model, finished or broken off, has changed its weights: build the model "
+            "and load its float weights again"
+        )
+    for name, layer in quantized_layers(model):
+        weight = next(layer.parameters(recurse=False), None)
+        if weight is not None and weight.dtype in (torch.float16, torch.bfloat16):
+            raise BadInputError(f"layer {name!r} has weights of {weight.dtype}: calibrate in float32 (model.float())")
 
 
 @contextmanager
@@ -160,6 +176,8 @@ def _float_pass(
 
         with float_only(model), quantizer_mode(inputs, QuantizerMode.OBSERVE), watch_blocks(blocks, see):
             teacher = task.teacher(model, samples[image])
+        for quantizer in inputs:
+            quantizer.observer.end_image()
         if blocks:
             store.put(("teacher", image), teacher)
         release_freed()

@@ -221,6 +221,7 @@ def _columns(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """What each output position multiplies with the weight, [positions, K]."""
     if layer.kind == "Linear":
         return x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 4 else x.unsqueeze(0)  # [B, C, H, W]
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [B, K, L]
     return patches.transpose(1, 2).flatten(0, 1)
 
@@ -229,6 +230,7 @@ def _positions(layer: QuantizedLayer, output: Tensor) -> Tensor:
     """[positions, N], in the order of ``_columns``."""
     if layer.kind == "Linear":
         return output.reshape(-1, output.shape[-1])
+    output = output if output.dim() == 4 else output.unsqueeze(0)  # [B, N, H, W]
     return output.flatten(2).transpose(1, 2).flatten(0, 1)
 
 

@@ -192,11 +192,12 @@ def _gradients(
         loss = task.loss(student, teacher, context)
         scaled = loss * GRADIENT_SCALE
     _check_disturbed(student, teacher, loss)
-    flat = [t for tensors in outputs.values() for t in tensors]
+    flat = [t for tensors in outputs.values() for t in tensors if t.requires_grad]  # others are no floats
     grads = iter(torch.autograd.grad(scaled, flat, allow_unused=True))
+    found = {key: [next(grads) if t.requires_grad else None for t in tensors] for key, tensors in outputs.items()}
     result = {
-        key: [torch.zeros_like(t) if (g := next(grads)) is None else g for t in tensors]
-        for key, tensors in outputs.items()
+        key: [torch.zeros_like(t) if g is None else g for t, g in zip(outputs[key], of_call, strict=True)]
+        for key, of_call in found.items()
     }
     for (name, _), block_grads in result.items():
         if not all(bool(g.isfinite().all()) for g in block_grads):

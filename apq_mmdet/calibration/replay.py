@@ -58,31 +58,36 @@ def layer_calls(
     The gradient at a layer's output is the block output's gradient pulled back through the float block, so only
     block-level tensors ever have to be captured.
     """
-    seen: list[tuple[QuantizedLayer, tuple[Any, ...], Tensor]] = []
+    seen: list[tuple[QuantizedLayer, tuple[Any, ...], dict[str, Any], Tensor]] = []
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.requires_grad_()
-        seen.append((module, args, output))
+        seen.append((module, args, kwargs, output))
         return output.clone()  # what follows may modify it in place
 
-    hooks = (layer.register_forward_hook(hook) for layer in wanted)
+    hooks = (layer.register_forward_hook(hook, with_kwargs=True) for layer in wanted)
     with hooked(hooks), torch.enable_grad(), float_only(block), _constant_parameters(block):
         output = rows_of(tensors_of(block(*call.args, **call.kwargs)), len(call.targets))
     if not seen or not output.requires_grad:  # none of them ran, or none of those that ran has a say in the output
         return []
-    outputs = [layer_output for _, _, layer_output in seen]
+    outputs = [layer_output for *_, layer_output in seen]
     grads = torch.autograd.grad(output, outputs, grad_outputs=call.grads, allow_unused=True)
     return [
-        (layer, _layer_call(layer, args, output.detach(), grad, call.image))
-        for (layer, args, output), grad in zip(seen, grads, strict=True)
+        (layer, _layer_call(layer, args, kwargs, output.detach(), grad, call.image))
+        for (layer, args, kwargs, output), grad in zip(seen, grads, strict=True)
     ]
 
 
 def _layer_call(
-    layer: QuantizedLayer, args: tuple[Any, ...], output: Tensor, grad: Tensor | None, image: int
+    layer: QuantizedLayer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+    grad: Tensor | None,
+    image: int,
 ) -> UnitCall:
     """A layer's units are the entries of the first axis, for a Linear the tokens of all axes."""
-    inputs = tuple(a.detach() for a in args)
+    inputs = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
     if layer.kind == "Linear":
         inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
         units = len(inputs[0])
@@ -91,8 +96,8 @@ def _layer_call(
     targets = output.reshape(units, -1)
     grads = torch.zeros_like(targets) if grad is None else grad.reshape(units, -1)
     padding = torch.zeros(units, dtype=torch.int64, device=output.device)
-    separable = all(isinstance(a, Tensor) and len(a) == units for a in inputs)
-    call = UnitCall(inputs, {}, targets, grads, padding, image, targets.numel(), separable)
+    separable = not kwargs and all(isinstance(a, Tensor) and len(a) == units for a in inputs)
+    call = UnitCall(inputs, kwargs, targets, grads, padding, image, targets.numel(), separable)
     return call.by_importance() if separable else call
 
 

@@ -152,7 +152,8 @@ class SlotErrors:
         self._at_layers = search.metric == "module"
         self.objective = build_objective(search.objective)
         # candidates are ranked without elimination, which belongs to the block's output
-        self.ranking = type(self.objective)()
+        kept = {key: value for key, value in search.objective.items() if key not in ("eliminate", "eliminate_by")}
+        self.ranking = build_objective(kept)
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
         self._masses: dict[QuantizedLayer | None, dict[float, float]] = {}  # None: of the block
 

@@ -9,6 +9,7 @@ left out on purpose: Swin pads windows with zeros behind the norm, and zeros sta
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.blocks import hooked
 from apq_mmdet.calibration.distributed import gather, share_observed
 from apq_mmdet.calibration.units import UnitCalls
-from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
+from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MOST = 256.0  # factors stay in 1 / MOST..MOST: more than pretrained channels differ, little enough for float32
@@ -248,8 +249,11 @@ def equalize(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: fl
         return {}
 
     def run() -> None:
-        for call in calls:  # one by one, as the float pass does: observers tell calls apart
-            module(*call.args, **call.kwargs)
+        for _, of_image in groupby(calls, key=lambda call: call.image):  # observers tell calls and images apart
+            for call in of_image:
+                module(*call.args, **call.kwargs)
+            for quantizer in quantizers_of(block):
+                quantizer.observer.end_image()
 
     with float_only(block):
         factors = {}

@@ -116,7 +116,7 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
 
     Raises:
         BadInputError: the model is quantized already, an override matches no layer, a granularity does not fit, no
-            block can be compensated, or layers whose inputs are divided share a weight. No layer is quantized then;
+            block can be compensated, or layers share a weight. No layer is quantized then;
             attention may have got modules of its own for projections and products, the same function up to rounding.
     """
     if next(quantized_layers(model), None) is not None:
@@ -162,14 +162,19 @@ class _PlannedLayer:
 def _plan(model: nn.Module, part: nn.Module, policy: Policy) -> dict[str, _PlannedLayer]:
     """All layers of the part that is quantized, by their names in the model; raises as ``quantize_model``."""
     inside = set(part.modules()) - _training_only(part)
-    layers = {name: m for name, m in model.named_modules() if m in inside and type(m) in LAYERS}
+    layers = {name: m for name, m in model.named_modules() if m in inside and type(m) in LAYERS and not _computed(m)}
     classes = {name: LAYERS[type(layer)] for name, layer in layers.items()}
     policy.check_overrides([(name, cls.kind, cls.roles) for name, cls in classes.items()])
     planned = {name: _plan_layer(name, layer, policy) for name, layer in layers.items()}
-    _refuse_divided_twice(planned)
+    _refuse_shared_weights(planned)
     if not any(plan.quantizers for plan in planned.values()):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     return planned
+
+
+def _computed(layer: nn.Module) -> bool:
+    """Whether a layer's weight is made of other parameters in every forward, as by weight_norm or spectral_norm."""
+    return hasattr(layer, "weight") and "weight" not in layer._parameters
 
 
 def _follow_devices(model: nn.Module) -> torch.device:
@@ -181,17 +186,17 @@ def _follow_devices(model: nn.Module) -> torch.device:
     return beginning
 
 
-def _refuse_divided_twice(planned: dict[str, _PlannedLayer]) -> None:
-    """Layers that share one weight cannot both move factors of their inputs into it."""
+def _refuse_shared_weights(planned: dict[str, _PlannedLayer]) -> None:
+    """One weight of two layers can neither take up factors of one's input nor become codes of both."""
     users: dict[nn.Parameter, str] = {}
     for name, plan in planned.items():
-        if plan.divided:
-            other = users.setdefault(plan.layer.weight, name)
-            if other != name:
-                raise BadInputError(
-                    f"layers {other!r} and {name!r} share one weight, which cannot take up the factors of two inputs: "
-                    f"give their input granularity 'tensor'"
-                )
+        weight = getattr(plan.layer, "weight", None)
+        other = name if weight is None else users.setdefault(weight, name)
+        if other != name and any(p.divided or "weight" in p.quantizers for p in (plan, planned[other])):
+            raise BadInputError(
+                f"layers {other!r} and {name!r} share one weight, which cannot be quantized for both: leave them float "
+                f"with an override, such as dict(pattern={name!r}, float=True) for each"
+            )
 
 
 def _training_only(model: nn.Module) -> set[nn.Module]:
@@ -240,6 +245,8 @@ def _num_weights(module: nn.Module) -> int:
 
 
 def _float_reason(module: nn.Module) -> str:
+    if type(module) in LAYERS and _computed(module):
+        return "its weight is computed in every forward"
     name = type(module).__name__
     return _inline_reason(module) or FLOAT_REASONS.get(name, f"{name} has no quantized form")
 

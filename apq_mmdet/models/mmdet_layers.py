@@ -44,14 +44,14 @@ def sample_windows(block: SwinBlock, call: BlockCall, search: SearchConfig, gene
     """
     side = search.windows * block.attn.window_size
     names = ("x", "hw_shape")
-    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [1, H * W, C]
+    x, (height, width) = (*call.args, *(call.kwargs[n] for n in names[len(call.args) :]))  # x: [B, H * W, C]
     if not search.windows or (height <= side and width <= side):
         return call
     rows, columns = (random_crop(size, side, block.attn.window_size, generator) for size in (height, width))
 
     def crop(tokens: Tensor) -> Tensor:
-        grid = tokens.view(1, height, width, -1)[:, rows, columns]  # [1, h, w, C]
-        return grid.reshape(1, -1, grid.shape[-1])
+        grid = tokens.view(len(tokens), height, width, -1)[:, rows, columns]  # [B, h, w, C]
+        return grid.flatten(1, 2)
 
     shape = (min(side, height), min(side, width))
     cropped = crop(x)

@@ -1,13 +1,16 @@
 """Calibrations that are broken off, and inputs that are unusual."""
 
+from collections import OrderedDict
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import build_swin, recipe, short_grids
-from torch import nn
+from torch import Tensor, nn
 
-from apq_mmdet.calibration import FeatureTask, calibrate
-from apq_mmdet.calibration.blocks import partition
-from apq_mmdet.errors import CalibrationError, UncalibratedError
+from apq_mmdet.calibration import CalibrationTask, FeatureTask, calibrate
+from apq_mmdet.calibration.blocks import BLOCK_CLASSES, partition
+from apq_mmdet.errors import BadInputError, CalibrationError, UncalibratedError
 from apq_mmdet.layers import quantize_model, quantizers_of
 
 IMAGES = [torch.randn(1, 3, 57, 41), torch.randn(1, 3, 33, 64)]
@@ -116,3 +119,137 @@ def test_a_linear_layer_takes_vectors(name):
     quantize_model(model, settings.policy)
     calibrate(model, [torch.randn(4) for _ in range(3)], settings)
     assert model(torch.randn(4)).shape == (3,)
+
+
+def calibrated(model, name, inputs, **settings):
+    """The model after a calibration with few candidates, and the report."""
+    settings = recipe(name, search=dict(grids=short_grids(3), rounds=1), **settings)
+    quantize_model(model, settings.policy)
+    return model, calibrate(model, inputs, settings)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_weights_that_a_calibration_changed_are_not_taken_for_float(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    if error:
+        monkeypatch.setattr("apq_mmdet.calibration.calibrator.fit_output_compensation", fail)
+    model, settings = nn.Sequential(nn.Linear(4, 4)), recipe("erq", search=dict(grids=short_grids(2)))
+    quantize_model(model, settings.policy)
+    with pytest.raises(error) if error else nullcontext():
+        calibrate(model, [torch.randn(9, 4)], settings)
+    with pytest.raises(BadInputError, match="has changed its weights: build the model"):
+        calibrate(model, [torch.randn(9, 4)], settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_refused(dtype):
+    with pytest.raises(BadInputError, match=rf"layer '0' has weights of {dtype}: calibrate in float32"):
+        calibrated(nn.Sequential(nn.Linear(4, 4)).to(dtype), "minmax", [torch.randn(9, 4).to(dtype)])
+
+
+class Outer(nn.Module):
+    """A block whose layer the model uses again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_layer_of_two_blocks_is_refused(names, monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [*BLOCK_CLASSES, Outer])
+    outer = Outer()
+    modules = {"a": outer, "b": outer.inner}
+    model = nn.Sequential(OrderedDict((name, modules[name]) for name in names))
+    with pytest.raises(BadInputError, match=r"is used in block '[ab]' too.*leave it float"):
+        calibrated(model, "apq", [torch.randn(9, 4)])
+
+
+class WithIndex(nn.Module):
+    """A block that returns whole numbers too, from a convolution without a batch axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, y.argmax(0)
+
+
+class First(CalibrationTask):
+    """By the first output alone."""
+
+    def teacher(self, model, sample):
+        return model(sample)[0], None
+
+    def student(self, model, sample, context):
+        return model(sample)[0]
+
+    def loss(self, student, teacher, context):
+        return (student - teacher).square().sum()
+
+
+def test_a_block_may_return_whole_numbers_and_a_convolution_take_one_image(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [*BLOCK_CLASSES, WithIndex])
+    settings = recipe("erq", search=dict(grids=short_grids(2), rounds=1))
+    model = nn.Sequential(WithIndex())
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(2, 9, 8) for _ in range(2)], settings, First())
+    assert all(quantizer.calibrated for quantizer in quantizers_of(model))
+
+
+class Resized(nn.Module):
+    """A transposed convolution that is told its output's size, by place or by keyword."""
+
+    def __init__(self, by_keyword: bool) -> None:
+        super().__init__()
+        self.conv, self.by_keyword = nn.ConvTranspose2d(2, 3, 2, stride=2), by_keyword
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [2 * side + 1 for side in x.shape[2:]]
+        return self.conv(x, output_size=size) if self.by_keyword else self.conv(x, size)
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_transposed_convolutions_may_be_told_their_outputs_size(by_keyword):
+    quantized = dict(up=dict(kind="ConvTranspose2d", weight={}, input={}))
+    settings = recipe("ptq4vit", search=dict(grids=short_grids(3), rounds=1), overrides=quantized)
+    model = Resized(by_keyword)
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4)], settings)
+    assert all(quantizer.calibrated for quantizer in quantizers_of(model))
+
+
+def test_samples_of_several_images_can_be_sampled():
+    model, settings = build_swin(), recipe("apq_fast", search=dict(grids=short_grids(2), shortlist=1, windows=1))
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(2, 3, 64, 90)], settings)
+    assert all(quantizer.calibrated for quantizer in quantizers_of(model))
+
+
+class Pyramid(nn.Module):
+    """A head that runs on each level of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.head(scale * x) for scale in (1, 4, 2))
+
+
+def test_the_widest_level_of_an_image_counts():
+    observed = {}
+    images = [torch.randn(5000, 3) for _ in range(3)]
+    for name in ("minmax", "percentile", "erq"):
+        model, _ = calibrated(Pyramid(), name, images)
+        observed[name] = [float(end) for end in model.head.quantizers["input"].observed]
+    for name in ("percentile", "erq"):
+        for found, widest in zip(observed[name], observed["minmax"], strict=True):
+            assert 0.55 < found / widest <= 1.0  # the mean of the levels, clipped as much, is 0.4

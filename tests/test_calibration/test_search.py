@@ -5,17 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import build_swin, recipe, short_grids
+from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
+from apq_mmdet.calibration.objectives import Objective
 from apq_mmdet.calibration.replay import layer_calls
 from apq_mmdet.calibration.sampling import sample_call
 from apq_mmdet.calibration.scoring import best_candidate
-from apq_mmdet.calibration.search import Slot, search_block
+from apq_mmdet.calibration.search import Slot, SlotErrors, search_block
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.engine.quantized_config import load_recipe
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+from apq_mmdet.registry import OBJECTIVES
 
 SIZES = [(13, 9), (10, 16), (13, 9)]  # no multiples of the window
 BACKWARD = [
@@ -301,6 +304,26 @@ def test_grids_by_role_win_over_grids_by_kind():
         role = name.rpartition(".")[2]
         first, last = {"key": (0.5, 0.6), "weight": (0.7, 0.8), "input": (1, 1)}.get(role, (0.9, 1.1))
         assert first - 1e-9 <= factor <= last + 1e-9, name
+
+
+class PowerObjective(Objective):
+    """``|e|^exponent``, an objective with an argument of its own that it must be given."""
+
+    def __init__(self, exponent, eliminate=0.0, eliminate_by="error"):
+        super().__init__(eliminate, eliminate_by)
+        self.exponent = exponent
+
+    def cost(self, error, grad, target):
+        return error.abs() ** self.exponent
+
+
+@pytest.mark.parametrize("eliminate", [0.0, 0.1])
+def test_candidates_are_ranked_with_the_objectives_own_arguments(eliminate, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES.module_dict, "power", PowerObjective)
+    objective = dict(type="power", exponent=4, eliminate=eliminate)
+    errors = SlotErrors(nn.Identity(), [], recipe("apq", search=dict(objective=objective)).search)
+    assert (errors.ranking.exponent, errors.ranking.eliminate) == (4, 0.0)
+    assert (errors.objective.exponent, errors.objective.eliminate) == (4, eliminate)
 
 
 def test_processes_ask_each_other_alike_whatever_they_have_recorded(monkeypatch):

@@ -155,3 +155,11 @@ def test_a_quantized_model_is_refused():
     quantize_model(model, recipe("apq").policy)
     with pytest.raises(BadInputError, match="SwinTransformer holds quantized layers already"):
         quantize_model(model, recipe("minmax").policy)
+
+
+@pytest.mark.parametrize("reparametrize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_are_computed_stay_float(reparametrize):
+    model = nn.Sequential(reparametrize(nn.Linear(4, 4)), nn.Linear(4, 4))
+    table = {row.layer: row for row in quantize_model(model, recipe("minmax").policy) if row.role in ("-", "weight")}
+    assert (table["0"].bits, table["0"].reason) == (None, "its weight is computed in every forward")
+    assert table["1"].bits == 4

@@ -86,6 +86,18 @@ def test_entries_of_several_processes_in_any_order(kind):
         assert all(torch.equal(a, b) for a, b in zip(parts[2].observed, whole.observed, strict=True))
 
 
+def test_calls_of_one_image_have_their_widest_quantiles():
+    calls = [torch.linspace(-1.0, 1.0, 4001)[None] * scale for scale in (1.0, 3.0, 2.0)]
+    one, several = PercentileObserver(), PercentileObserver()
+    for observer, images in ((one, [[calls[1]], [calls[0]]]), (several, [calls, [calls[0]]])):
+        for image in images:
+            for call in image:
+                observer.observe(call, no_error)
+            observer.end_image()
+    assert len(several.entries) == 2
+    assert all(torch.equal(a, b) for a, b in zip(one.range(), several.range(), strict=True))
+
+
 def test_sums_over_calls_are_exact():
     observer = PercentileObserver()
     ends = [torch.tensor([value], dtype=torch.float64) for value in (1e17, 3.0, -1e17)]
