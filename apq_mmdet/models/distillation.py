@@ -28,7 +28,7 @@ from mmdet.models.detectors.maskformer import MaskFormer
 from mmdet.models.detectors.single_stage import SingleStageDetector
 from mmdet.models.detectors.two_stage import TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
-from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, SABLHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from torch import Tensor, nn
 
@@ -80,8 +80,9 @@ def _has_plain_heads(model: TwoStageDetector) -> bool:
     heads = type(getattr(model, "rpn_head", None)), type(getattr(model, "roi_head", None))
     if heads not in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)):
         return False
-    boxes = model.roi_head.bbox_head  # SABL's predict buckets
-    return all(isinstance(head, BBoxHead) for head in (boxes if isinstance(boxes, nn.ModuleList) else [boxes]))
+    boxes = model.roi_head.bbox_head
+    boxes = boxes if isinstance(boxes, nn.ModuleList) else [boxes]
+    return all(isinstance(head, BBoxHead) and not isinstance(head, SABLHead) for head in boxes)  # SABL's has buckets
 
 
 def dense_loss(student: tuple, teacher: tuple) -> Tensor:
