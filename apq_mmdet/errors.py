@@ -21,5 +21,5 @@ class CheckpointError(RuntimeError):
 
 def listed(items: Sequence[str], most: int = 3, separator: str = ", ") -> str:
     """The first few of what an error has to name, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
+    more = f" (and {len(items) - most} more)" if len(items) > most else ""
     return separator.join(items[:most]) + more
