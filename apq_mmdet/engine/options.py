@@ -46,7 +46,7 @@ def refuse_overwriting(written: dict[Path, Sequence[str | Path]], option: str) -
     for path, given in written.items():
         for other in given:
             if Path(other).resolve() == path.resolve():
-                raise BadInputError(f"{option} {path.parent}: the run would overwrite {other}; use another folder")
+                raise BadInputError(f"{option}: the run would overwrite {other}; write elsewhere")
 
 
 def add_bits(parser: argparse.ArgumentParser) -> None:

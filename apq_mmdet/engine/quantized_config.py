@@ -109,8 +109,8 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
 
 
 def _averages_weights(hook: dict[str, Any]) -> bool:
-    kind = HOOKS.get(hook["type"]) if isinstance(hook.get("type"), str) else None
-    return kind is not None and issubclass(kind, EMAHook)
+    kind = HOOKS.get(hook["type"])
+    return class_name(hook["type"]) == "EMAHook" or (isinstance(kind, type) and issubclass(kind, EMAHook))
 
 
 def _with_names(cfg: Config) -> Config:

@@ -255,7 +255,8 @@ def _inline_reason(module: nn.Module) -> str | None:
     """Why what a module computes inline stays float; None where it computes nothing of importance that way."""
     if type(module) in INLINE:
         return INLINE[type(module)]
-    base = next((cls.__name__ for cls in ATTENTION if isinstance(module, cls) and type(module) is not cls), None)
+    kinds = (cls for cls in ATTENTION if cls is not nn.TransformerEncoder)  # which multiplies nothing by itself
+    base = next((cls.__name__ for cls in kinds if isinstance(module, cls) and type(module) is not cls), None)
     if base is None or any(isinstance(part, Product) for part in module.modules()):
         return None
     return f"a {base} of another class: its products have no modules"

@@ -43,7 +43,7 @@ def register_quantized_detectors() -> None:
         if not (isinstance(cls, type) and issubclass(cls, BaseDetector)) or cls is BaseDetector:
             continue
         known = MODELS.module_dict.get(name)
-        if known is None or (issubclass(known, QuantizedDetector) and cls not in known.__bases__):
+        if known is None or (known.__module__ == __name__ and cls not in known.__bases__):  # none of a user's own
             doc = f"mmdet's {name} with quantized layers; see QuantizedDetector."
             quantized = type(name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
             MODELS.register_module(name=name, module=quantized, force=True)

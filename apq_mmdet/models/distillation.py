@@ -80,7 +80,7 @@ def _has_plain_heads(model: TwoStageDetector) -> bool:
     heads = type(getattr(model, "rpn_head", None)), type(getattr(model, "roi_head", None))
     if heads not in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)):
         return False
-    boxes = model.roi_head.bbox_head
+    boxes = getattr(model.roi_head, "bbox_head", None)
     boxes = boxes if isinstance(boxes, nn.ModuleList) else [boxes]
     return all(isinstance(head, BBoxHead) and not isinstance(head, SABLHead) for head in boxes)  # SABL's has buckets
 

@@ -100,10 +100,16 @@ class PercentileObserver(Observer):
         super().__init__()
         self._ended = 0  # entries of images that have ended
 
-    def load(self, entries: list[Tensor]) -> None:
+    def observe(self, x: Tensor, error: RangeError) -> None:
         """See the base class."""
+        ended = self._ended
+        super().observe(x, error)
+        self._ended = ended
+
+    def load(self, entries: list[Tensor]) -> None:
+        """See the base class; these are of images that have ended."""
         super().load(entries)
-        self._ended = min(self._ended, len(entries))
+        self._ended = len(entries)
 
     def end_image(self) -> None:
         """See the base class."""
@@ -111,7 +117,8 @@ class PercentileObserver(Observer):
             calls = torch.stack(self.entries[self._ended :])  # [calls, 3, P, G]
             merged = torch.stack([calls[:, 0].amin(0), calls[:, 1].amax(0), calls[:, 2].sum(0)])
             self.load([*self.entries[: self._ended], merged])
-        self._ended = len(self.entries)
+        else:
+            self._ended = len(self.entries)
 
     def entry_of(self, x: Tensor, error: RangeError) -> Tensor:
         """See the base class."""

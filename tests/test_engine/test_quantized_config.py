@@ -79,7 +79,7 @@ def test_hooks_that_average_weights_are_left_out_wherever_they_stand(tmp_path):
         pass
 
     cfg = Config.fromfile(FLOAT)
-    cfg.custom_hooks = [dict(type="Mine"), dict(type="NumClassCheckHook"), dict(type="EMAHook")]
+    cfg.custom_hooks = [dict(type=name) for name in ("Mine", "NumClassCheckHook", "EMAHook", "mmyolo.EMAHook")]
     cfg.default_hooks = dict(averaging=dict(type="EMAHook"), logger=dict(type="LoggerHook"), timer=None)
     HOOKS.register_module(module=Mine)
     try:
@@ -141,6 +141,18 @@ def test_a_detector_that_is_replaced_has_a_new_quantized_variant():
     finally:
         MMDET_MODELS.register_module(name="MaskRCNN", module=MaskRCNN, force=True)
     assert MODELS.get("apq_mmdet.MaskRCNN").__bases__ == before.__bases__
+
+
+def test_a_users_own_quantized_variant_stays():
+    class Own(MODELS.get("apq_mmdet.MaskRCNN")):
+        pass
+
+    before = MODELS.get("apq_mmdet.MaskRCNN")
+    MODELS.register_module(name="MaskRCNN", module=Own, force=True)
+    try:
+        assert MODELS.get("apq_mmdet.MaskRCNN") is Own
+    finally:
+        MODELS.register_module(name="MaskRCNN", module=before, force=True)
 
 
 def test_a_preprocessors_buffers_of_old_checkpoints_do_not_count(tmp_path):

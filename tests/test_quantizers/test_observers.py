@@ -98,6 +98,23 @@ def test_calls_of_one_image_have_their_widest_quantiles():
     assert all(torch.equal(a, b) for a, b in zip(one.range(), several.range(), strict=True))
 
 
+def test_loaded_entries_are_of_images_that_have_ended():
+    """Such as those of several processes, which are more than the observer's own."""
+    own, other = PercentileObserver(), PercentileObserver()
+    for observer, number in ((own, 2), (other, 3)):
+        for image in range(number):
+            observer.observe(torch.linspace(-1.0, 1.0, 101)[None] * (image + number), no_error)
+            observer.end_image()
+    entries = [*own.entries, *other.entries]
+    own.load(entries)
+    own.end_image()
+    assert len(own.entries) == 5
+    own.observe(torch.ones(1, 9), no_error)
+    own.observe(torch.ones(1, 9), no_error)
+    own.end_image()
+    assert len(own.entries) == 6
+
+
 def test_sums_over_calls_are_exact():
     observer = PercentileObserver()
     ends = [torch.tensor([value], dtype=torch.float64) for value in (1e17, 3.0, -1e17)]
