@@ -14,7 +14,7 @@ KINDS = ("Linear", "Conv2d", "ConvTranspose2d", "MatMul")
 ROLES = ("weight", "input", "query", "key", "attention", "value")
 SCOPES = ("backbone", "detector")
 MIN_BITS, MAX_BITS = 2, 8
-BITS_KEYS = ("bits", "most_bits")
+BITS_KEYS = ("bits", "max_bits")
 
 
 def check_bits(bits: Any, where: str) -> int:
@@ -74,7 +74,7 @@ class Rule:
 
     Patterns are globs (``*.qkv``) or, after ``re:``, regular expressions that must match the whole name.
     ``bits`` changes the bits of all roles that are quantized by then. ``roles`` maps a role to spec fields to change
-    (which quantizes a role that an earlier rule left float), or to None: that role stays float. With ``most_bits``
+    (which quantizes a role that an earlier rule left float), or to None: that role stays float. With ``max_bits``
     only roles that end with at most so many bits are changed.
     """
 
@@ -82,28 +82,28 @@ class Rule:
     kind: str | None = None
     leave_float: bool = False
     bits: int | None = None
-    most_bits: int | None = None
+    max_bits: int | None = None
     roles: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, rule: dict[str, Any], where: str) -> "Rule":
-        """Parse ``dict(pattern=, kind=, float=, bits=, most_bits=, <role>=fields of a QuantizerSpec)``."""
+        """Parse ``dict(pattern=, kind=, float=, bits=, max_bits=, <role>=fields of a QuantizerSpec)``."""
         rule = check_dict(rule, where, "dict(pattern=..., ...)")
-        refuse_unknown(rule, ("pattern", "kind", "float", "bits", "most_bits", *ROLES), where)
+        refuse_unknown(rule, ("pattern", "kind", "float", "bits", "max_bits", *ROLES), where)
         kind = rule.get("kind")
         if kind is not None:
             refuse_unknown([kind], KINDS, f"{where}.kind")
         roles: dict[str, dict[str, Any] | None] = {}
-        bits, most_bits = (check_bits(rule[key], f"{where}.{key}") if key in rule else None for key in BITS_KEYS)
-        if most_bits is not None and (bits is not None or rule.get("float") or not set(ROLES) & set(rule)):
-            raise BadInputError(f"{where}: most_bits goes with changes of roles, not with bits or float")
+        bits, max_bits = (check_bits(rule[key], f"{where}.{key}") if key in rule else None for key in BITS_KEYS)
+        if max_bits is not None and (bits is not None or rule.get("float") or not set(ROLES) & set(rule)):
+            raise BadInputError(f"{where}: max_bits goes with changes of roles, not with bits or float")
         for role in ROLES:
             if role in rule:
                 given = rule[role]
                 roles[role] = None if given is None else _spec_fields(given, where, role)
         pattern = check_pattern(rule.get("pattern", "*"), f"{where}.pattern")
         leave_float = check_bool(rule.get("float", False), f"{where}.float")
-        return cls(pattern, kind, leave_float, bits, most_bits, roles)
+        return cls(pattern, kind, leave_float, bits, max_bits, roles)
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of a layer of this full name and kind."""
@@ -173,7 +173,7 @@ class Policy:
     def _applied(
         self, name: str, kind: str, roles: tuple[str, ...], bits: dict[str, int]
     ) -> tuple[dict[str, QuantizerSpec], str]:
-        """As ``scheme``, where ``bits`` tells those of roles to which rules with ``most_bits`` may apply."""
+        """As ``scheme``, where ``bits`` tells those of roles to which rules with ``max_bits`` may apply."""
         reason = ""
         specs: dict[str, dict[str, Any] | None] = {
             role: {"bits": self.w_bits if role == "weight" else self.a_bits} for role in roles
@@ -188,7 +188,7 @@ class Policy:
                     specs = {r: spec and {**spec, "bits": rule.bits} for r, spec in specs.items()}
                 for role in set(roles) & set(rule.roles):
                     change = rule.roles[role]
-                    if rule.most_bits is not None and bits.get(role, MAX_BITS + 1) > rule.most_bits:
+                    if rule.max_bits is not None and bits.get(role, MAX_BITS + 1) > rule.max_bits:
                         continue
                     if change is None:
                         specs[role], reason = None, f"left float by {origin}.{rule_name}"

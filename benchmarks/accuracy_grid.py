@@ -190,7 +190,7 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
         "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
-        "static ranges of inputs": _changed(f"{_FORMATS}.tokens.most_bits", 2, PLUS),
+        "static ranges of inputs": _changed(f"{_FORMATS}.tokens.max_bits", 2, PLUS),
         "channels of inputs as they are": _changed(f"{_FORMATS}.tokens.input.granularity", "tensor", PLUS),
         "one step for a head's attention maps": _changed(f"{_ATTENTION}.format", "affine", PLUS),
         "logarithmic attention maps": replace(
@@ -202,7 +202,7 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "weights rounded to nearest": _changed("model.quant.compensation.rounding", False, PLUS),
         "tokens weighted by gradients": _changed("model.quant.compensation.weighted", True, PLUS),
         "damping 0.02": _changed("model.quant.compensation.damping", 0.02, PLUS),
-        "codes not learned": _changed("model.quant.reconstruction.most_bits", 2, PLUS),
+        "codes not learned": _changed("model.quant.reconstruction.max_bits", 2, PLUS),
     },
     "learned codes of apq_plus": {
         "straight through": TWO,

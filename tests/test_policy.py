@@ -25,12 +25,12 @@ from apq_mmdet.policy import Policy
             "r.weight.symmetric: expected True or False, got 'yes'",
         ),
         (
-            dict(formats=dict(r=dict(most_bits=9))),
-            "formats.r.most_bits: bits must be a whole number from 2 to 8, got 9",
+            dict(formats=dict(r=dict(max_bits=9))),
+            "formats.r.max_bits: bits must be a whole number from 2 to 8, got 9",
         ),
-        (dict(formats=dict(r=dict(most_bits=3, bits=4))), "formats.r: most_bits goes with changes of roles"),
-        (dict(formats=dict(r=dict(most_bits=3, float=True))), "formats.r: most_bits goes with changes of roles"),
-        (dict(formats=dict(r=dict(most_bits=3))), "formats.r: most_bits goes with changes of roles"),
+        (dict(formats=dict(r=dict(max_bits=3, bits=4))), "formats.r: max_bits goes with changes of roles"),
+        (dict(formats=dict(r=dict(max_bits=3, float=True))), "formats.r: max_bits goes with changes of roles"),
+        (dict(formats=dict(r=dict(max_bits=3))), "formats.r: max_bits goes with changes of roles"),
         (dict(overrides=dict(r=dict(input=dict(format="token_affine")))), "overrides.r.input: .* needs a quant.search"),
         (dict(search=dict(metric="blok")), "did you mean 'block'"),
         (dict(search=dict(round=3)), "did you mean 'rounds'"),
@@ -95,7 +95,7 @@ def test_later_rules_win_and_roles_are_separate():
 
 
 def test_a_rule_can_be_for_few_bits_only():
-    rule = dict(most_bits=3, weight=dict(granularity="channel"), input=dict(symmetric=True))
+    rule = dict(max_bits=3, weight=dict(granularity="channel"), input=dict(symmetric=True))
     policy = Policy.from_dict(dict(w_bits=4, a_bits=3, formats=dict(few=rule)))
     specs, _ = policy.scheme("a", "Linear", ("weight", "input"))
     assert (specs["weight"].granularity, specs["input"].symmetric) == ("tensor", True)
@@ -108,7 +108,7 @@ def test_a_rule_can_be_for_few_bits_only():
 def test_few_bits_are_those_that_a_role_ends_with(a_bits, mine, symmetric):
     policy = dict(
         a_bits=a_bits,
-        formats=dict(few=dict(most_bits=3, input=dict(symmetric=True))),
+        formats=dict(few=dict(max_bits=3, input=dict(symmetric=True))),
         overrides=dict(mine=dict(input=dict(bits=mine))),
     )
     specs, _ = Policy.from_dict(policy).scheme("a", "Linear", ("weight", "input"))

@@ -56,7 +56,7 @@ def test_recipe(name):
 
 
 PARTS = {  # what makes a recipe what it is
-    "apq_plus": lambda r: [(s.rounding, s.most_bits) for s in r.reconstruction] == [("straight_through", 3)],
+    "apq_plus": lambda r: [(s.rounding, s.max_bits) for s in r.reconstruction] == [("straight_through", 3)],
     "percentile": lambda r: r.observer == "percentile" and r.search is None,
     "base_ptq": lambda r: r.search.objective == dict(type="cosine") and r.search.rounds == 1,
     "ptq4vit": lambda r: r.search.objective == dict(type="hessian") and r.search.rounds == 3,

@@ -48,7 +48,7 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
         BadInputError: a quantized config, no Swin blocks, a checkpoint of another architecture, no images.
     """
     check_seed(args.seed)
-    refuse_overwriting({args.out: [args.checkpoint]}, "OUT")
+    refuse_overwriting({args.out: args.checkpoint}, "OUT")
     cfg = read_config(args.config)
     if not isinstance(cfg.get("model"), dict):
         raise BadInputError(f"config {args.config} defines no model")

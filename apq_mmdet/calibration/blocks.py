@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-from apq_mmdet.errors import BadInputError
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 
 BLOCK_CLASSES: list[type[nn.Module]] = []
@@ -92,11 +92,27 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 def watch_blocks(
     blocks: dict[str, nn.Module], see: Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
 ) -> Iterator[None]:
-    """Call ``see(name, args, kwargs, output)`` after each block's forward; a returned value replaces the output."""
+    """Call ``see(name, args, kwargs, output)`` after each block's forward; a returned value replaces the output.
 
-    def hook(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    The forward of a block raises CalibrationError where it changes a tensor that it was given, because what ``see`` is
+    told would not be what the block had been called with.
+    """
+    given: dict[str, list[int]] = {}
+
+    def before(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        given[name] = _versions(args, kwargs)
+
+    def after(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if _versions(args, kwargs) != given.pop(name):
+            raise CalibrationError(f"block {name!r} changes its input in place; let it work on a copy (inplace=False)")
         return see(name, args, kwargs, output)
 
-    hooks = (block.register_forward_hook(partial(hook, name), with_kwargs=True) for name, block in blocks.items())
+    hooks = [block.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, block in blocks.items()]
+    hooks += [block.register_forward_hook(partial(after, name), with_kwargs=True) for name, block in blocks.items()]
     with hooked(hooks):
         yield
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """How often each tensor has been changed in place; tensors of inference mode do not say."""
+    return [tensor._version for tensor in tensors_of((args, kwargs)) if not tensor.is_inference()]

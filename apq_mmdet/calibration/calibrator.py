@@ -68,10 +68,21 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Reports of all blocks, and the names of the layers that saw no data and were left float."""
+    """What a calibration did.
+
+    Attributes:
+        left_float: names of the layers that saw no data.
+        seconds: wall-clock time, of this run alone.
+    """
 
     blocks: list[BlockReport]
     left_float: list[str]
+    seconds: float
+
+    @property
+    def earlier_seconds(self) -> float:
+        """What an earlier run spent on the blocks that this one did not search again."""
+        return sum(block.seconds for block in self.blocks if block.resumed)
 
 
 def calibrate(
@@ -112,6 +123,7 @@ def calibrate(
     """
     if not len(samples):
         raise CalibrationError("no calibration samples")
+    start = time.perf_counter()
     check_grids(model, recipe.search)
     _check_weights(model)
     task = task or FeatureTask()
@@ -134,7 +146,7 @@ def calibrate(
     finally:
         for module in training:
             module.training = True
-    return CalibrationReport(reports, left_float)
+    return CalibrationReport(reports, left_float, time.perf_counter() - start)
 
 
 def _check_weights(model: nn.Module) -> None:

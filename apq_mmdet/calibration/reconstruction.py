@@ -70,7 +70,7 @@ class ReconstructionConfig:
     Args:
         rounding: how roundings are learned: 'adaround', softly between the two nearest codes, of which a regulariser
             picks one; or 'straight_through', codes that move by whole steps, for weights on their grids already.
-        most_bits: a block none of whose weights has so few bits stays as it is, to save the time where learning gains
+        max_bits: a block none of whose weights has so few bits stays as it is, to save the time where learning gains
             little; None for every block.
         weighting: what an output's squared error counts by: 'none', 'hessian' (g^2), 'absolute' (abs(g)), or 'fisher'
             (abs(g) and a matrix of rank one for each unit).
@@ -83,7 +83,7 @@ class ReconstructionConfig:
     """
 
     rounding: str = "adaround"
-    most_bits: int | None = None
+    max_bits: int | None = None
     weighting: str = "hessian"
     iterations: int = 1000
     batch: int = 32
@@ -101,8 +101,8 @@ class ReconstructionConfig:
             refuse_unknown([config["weighting"]], WEIGHTINGS, f"{where}.weighting")
         if "rounding" in config:
             refuse_unknown([config["rounding"]], ROUNDINGS, f"{where}.rounding")
-        if config.get("most_bits") is not None:
-            check_bits(config["most_bits"], f"{where}.most_bits")
+        if config.get("max_bits") is not None:
+            check_bits(config["max_bits"], f"{where}.max_bits")
         for key in ("iterations", "batch"):
             check_whole(config.get(key, 1), f"{where}.{key}", 1)
         for key, most in (("keep_float", 1.0), ("rounding_lr", 1.0), ("step_lr", 1.0), ("rounding_weight", math.inf)):
@@ -119,7 +119,7 @@ def worth_reconstructing(module: nn.Module, config: ReconstructionConfig) -> boo
     roles = [(role, q) for _, layer in quantized_layers(module) for role, q in layer.quantizers.items() if q.linear]
     weights = bool(config.rounding_lr) and any(role == "weight" for role, _ in roles)
     steps = bool(config.step_lr) and any(role != "weight" for role, _ in roles)
-    few = config.most_bits is None or any(int(q.quantizers["weight"].bits) <= config.most_bits for q in layers)
+    few = config.max_bits is None or any(int(q.quantizers["weight"].bits) <= config.max_bits for q in layers)
     return few and (weights or steps)
 
 

@@ -34,7 +34,7 @@ from apq_mmdet.engine.options import (
     refuse_overwriting,
 )
 from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, read_recipe
-from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, seconds_of, sha256_of
+from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, quantize_model
 from apq_mmdet.models.timm_import import import_timm
@@ -121,7 +121,7 @@ class ClassificationRun:
         check_seed(args.seed)
         check_work_dir(args.work_dir)
         if args.checkpoint:
-            refuse_overwriting({args.work_dir / CHECKPOINT: [args.checkpoint]}, "--work-dir")
+            refuse_overwriting({args.work_dir / CHECKPOINT: args.checkpoint}, "--work-dir")
         for key in ("batch_size", "workers"):
             least = int(key == "batch_size")
             if getattr(args, key) < least:
@@ -194,7 +194,6 @@ class ClassificationRun:
         if self.args.eval_float:
             with float_only(self.model):
                 float_metrics = self._measure("float model")
-        calibration_start = time.perf_counter()
         report = calibrate(
             self.model,
             self.images,
@@ -204,11 +203,10 @@ class ClassificationRun:
             self.args.seed,
             capture_dir=self.work_dir / STATES,
         )
-        seconds = seconds_of(report, time.perf_counter() - calibration_start)
         self._save(report)
         metrics = None if self.args.no_eval else self._measure("quantized model")
         metrics = {"float": float_metrics, "quantized": metrics}
-        write_report(self.work_dir, self._report(report, metrics, seconds), time.perf_counter() - start)
+        write_report(self.work_dir, self._report(report, metrics, time.perf_counter() - start))
         self.states.finish()
 
     def _measure(self, title: str) -> dict[str, float]:
@@ -221,16 +219,16 @@ class ClassificationRun:
 
     def _report(self, report: CalibrationReport, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         made = run_report(
-            self.recipe,
-            "whole model",
-            self.description,
-            get_device(),
-            report,
-            seconds,
-            metrics,
-            self.float_bytes,
-            self.work_dir / CHECKPOINT,
-            self.table,
+            recipe=self.recipe,
+            scope="whole model",
+            asked=self.description,
+            device=get_device(),
+            calibration=report,
+            seconds=seconds,
+            metrics=metrics,
+            float_bytes=self.float_bytes,
+            checkpoint=self.work_dir / CHECKPOINT,
+            table=self.table,
         )
         made["versions"]["timm"] = import_timm().__version__
         return {**made, "evaluated_images": len(self.evaluated) if self.evaluated else 0}

@@ -134,7 +134,7 @@ def build_config(args: argparse.Namespace) -> Config:
         if not cfg.get(key):
             raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
     out = Path(args.work_dir)
-    given = {out / CONFIG: [args.config], out / RUN_CONFIG: [args.config], out / CHECKPOINT: [args.checkpoint]}
+    given = {out / CONFIG: args.config, out / RUN_CONFIG: args.config, out / CHECKPOINT: args.checkpoint}
     refuse_overwriting(given, "--work-dir")
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,16 @@ def check_work_dir(folder: str | Path) -> None:
         raise BadInputError(f"--work-dir {folder}: {there} is a file")
 
 
-def refuse_overwriting(written: dict[Path, Sequence[str | Path]], option: str) -> None:
+def refuse_overwriting(written: dict[Path, str | Path], option: str) -> None:
     """Raise BadInputError where a file that a run writes is one that it was given.
 
     Args:
-        written: files that it writes, each with those that it must not be.
+        written: files that it writes, each with the one that it must not be.
         option: that says where they are written.
     """
     for path, given in written.items():
-        for other in given:
-            if Path(other).resolve() == path.resolve():
-                raise BadInputError(f"{option}: the run would overwrite {other}; write elsewhere")
+        if Path(given).resolve() == path.resolve():
+            raise BadInputError(f"{option}: the run would overwrite {given}; write elsewhere")
 
 
 def add_bits(parser: argparse.ArgumentParser) -> None:

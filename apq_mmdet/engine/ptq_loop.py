@@ -21,7 +21,7 @@ from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
 from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, load_float_weights, save_quantized
 from apq_mmdet.engine.plan import make_plan, render_plan
 from apq_mmdet.engine.quantized_config import CONFIG, standalone_config
-from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, seconds_of, sha256_of
+from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import plain, write_atomic
 from apq_mmdet.layers import float_only
@@ -150,10 +150,8 @@ class PTQLoop(TestLoop):
             self.runner.logger.info("evaluating the float model")
             with float_only(self.model):
                 float_metrics = super().run()
-        calibration_start = time.perf_counter()
         report = self._calibrate()
         if is_main_process():
-            seconds = seconds_of(report, time.perf_counter() - calibration_start)
             self._save(report)
         metrics = None
         if self.evaluate:
@@ -163,7 +161,7 @@ class PTQLoop(TestLoop):
             metrics = super().run()
         if is_main_process():
             measured = {"float": float_metrics, "quantized": metrics}
-            write_report(self.work_dir, self._report(report, seconds, measured), time.perf_counter() - start)
+            write_report(self.work_dir, self._report(report, time.perf_counter() - start, measured))
             self.states.finish()
         return metrics or {}
 
@@ -198,16 +196,16 @@ class PTQLoop(TestLoop):
         recipe = self.model.recipe
         return {
             **run_report(
-                recipe,
-                recipe.policy.scope,
-                self.run_description,
-                self._device,
-                report,
-                seconds,
-                metrics,
-                Path(self.checkpoint).stat().st_size,
-                self.work_dir / CHECKPOINT,
-                self.model.quantization_table,
+                recipe=recipe,
+                scope=recipe.policy.scope,
+                asked=self.run_description,
+                device=self._device,
+                calibration=report,
+                seconds=seconds,
+                metrics=metrics,
+                float_bytes=Path(self.checkpoint).stat().st_size,
+                checkpoint=self.work_dir / CHECKPOINT,
+                table=self.model.quantization_table,
             ),
             "evaluated_calibration_images": self.seen,
         }

@@ -24,21 +24,18 @@ def sha256_of(paths: Iterable[str | Path]) -> str:
 
 
 def calibration_conditions(images: Iterable[str | Path], device: str) -> dict[str, Any]:
-    """What the bits of a calibration depend on besides what was asked for: image files, device, threads, torch."""
+    """What else the bits of a calibration depend on: image files, code, device, threads, torch."""
     return {
         "calibration_images_sha256": sha256_of(images),
+        "code_sha256": sha256_of(sorted(Path(apq_mmdet.__file__).parent.rglob("*.py"))),
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def seconds_of(report: CalibrationReport, measured: float) -> float:
-    """Seconds of a calibration, with those that an earlier run spent on blocks which this one resumed."""
-    return measured + sum(block.seconds for block in report.blocks if block.resumed)
-
-
 def run_report(
+    *,
     recipe: Recipe,
     scope: str,
     asked: dict[str, Any],
@@ -54,7 +51,7 @@ def run_report(
 
     Args:
         asked: description of the run: weights, images, seed.
-        seconds: of the calibration.
+        seconds: of this run.
         metrics: of the 'float' and of the 'quantized' model, None where not measured.
         float_bytes: of the float checkpoint.
         checkpoint: the quantized one.
@@ -68,7 +65,8 @@ def run_report(
         "device": device,
         "threads": torch.get_num_threads(),
         "metrics": metrics,
-        "calibration_seconds": seconds,
+        "calibration_seconds": calibration.seconds + calibration.earlier_seconds,
+        "seconds": seconds + calibration.earlier_seconds,
         "blocks": [vars(block) for block in calibration.blocks],
         "left_float": calibration.left_float,
         "sizes": {

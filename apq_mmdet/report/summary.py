@@ -7,9 +7,9 @@ from apq_mmdet.calibration.memory import peak_memory
 from apq_mmdet.files import write_json
 
 
-def write_report(folder: Path, report: dict[str, Any], seconds: float) -> None:
+def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Complete the report, write it to ``report.json`` and print its summary."""
-    report = {**report, "seconds": seconds, "peak_memory": peak_memory()}
+    report = {**report, "peak_memory": peak_memory()}
     write_json(folder / "report.json", report)
     print(summary_line(report))
 

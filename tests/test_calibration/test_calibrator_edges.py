@@ -170,6 +170,25 @@ def test_a_layer_of_two_blocks_is_refused(names, monkeypatch):
         calibrated(model, "apq", [torch.randn(9, 4)])
 
 
+class InPlace(nn.Module):
+    """A block that works on its input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.layer = nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.act(x))
+
+
+def test_a_block_that_changes_its_input_is_refused(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [*BLOCK_CLASSES, InPlace])
+    with pytest.raises(CalibrationError, match=r"block '0' changes its input in place.*inplace=False"):
+        calibrated(nn.Sequential(InPlace()), "apq", [torch.randn(9, 4)])
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))  # changes what a block gave
+    calibrated(model, "apq", [torch.randn(9, 4)])
+
+
 class WithIndex(nn.Module):
     """A block that returns whole numbers too, from a convolution without a batch axis."""
 

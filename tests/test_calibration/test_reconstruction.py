@@ -151,10 +151,10 @@ def test_codes_straight_through_go_both_ways_from_weights_on_their_grids():
     assert min((moves < 0).sum(), (moves > 0).sum()) > 20
 
 
-@pytest.mark.parametrize(("most_bits", "worth"), [(2, False), (3, True), (None, True)])
-def test_blocks_of_many_bits_are_not_worth_it(most_bits, worth):
+@pytest.mark.parametrize(("max_bits", "worth"), [(2, False), (3, True), (None, True)])
+def test_blocks_of_many_bits_are_not_worth_it(max_bits, worth):
     view, _ = swin_block()
-    assert worth_reconstructing(view, replace(QUICK, most_bits=most_bits)) is worth
+    assert worth_reconstructing(view, replace(QUICK, max_bits=max_bits)) is worth
 
 
 def test_blocks_without_anything_to_learn_are_not_worth_it():
@@ -350,7 +350,7 @@ def test_float_function_of_the_rest_is_kept():
         (dict(iteration=5), r"quant.reconstruction: unknown key 'iteration'; did you mean 'iterations'"),
         (dict(weighting="hesian"), r"quant.reconstruction.weighting: unknown key 'hesian'; did you mean 'hessian'"),
         (dict(rounding="adarond"), r"quant.reconstruction.rounding: unknown key 'adarond'; did you mean 'adaround'"),
-        (dict(most_bits=9), r"quant.reconstruction.most_bits: bits must be a whole number from 2 to 8, got 9"),
+        (dict(max_bits=9), r"quant.reconstruction.max_bits: bits must be a whole number from 2 to 8, got 9"),
         (dict(iterations=0), r"quant.reconstruction.iterations: expected a whole number >= 1, got 0"),
         (dict(batch=1.5), r"quant.reconstruction.batch: expected a whole number >= 1, got 1.5"),
         (dict(batch=True), r"quant.reconstruction.batch"),

@@ -108,8 +108,10 @@ def test_killed_and_resumed_gives_the_same_bytes(folders, classifiers, tmp_path,
             main(options(folders, classifiers, tmp_path / "killed", *recipe))
     assert main(options(folders, classifiers, tmp_path / "killed", *recipe, "--resume")) == 0
     assert main(options(folders, classifiers, tmp_path / "whole", *recipe)) == 0
-    blocks = json.loads((tmp_path / "killed" / "report.json").read_text())["blocks"]
-    assert [block["resumed"] for block in blocks] == [True, True, False, False]
+    report = json.loads((tmp_path / "killed" / "report.json").read_text())
+    assert [block["resumed"] for block in report["blocks"]] == [True, True, False, False]
+    earlier = sum(block["seconds"] for block in report["blocks"] if block["resumed"])
+    assert 0 < earlier < report["calibration_seconds"] < report["seconds"]
     a, b = ((tmp_path / name / "quantized.pth").read_bytes() for name in ("killed", "whole"))
     assert a == b
     assert main(options(folders, classifiers, tmp_path / "killed", *recipe, "--resume", "--seed", 1)) == 2

@@ -112,7 +112,7 @@ def test_time_and_memory(swin_images):
 
 
 def test_what_is_fitted_after_the_search(swin_images):
-    learned = dict(iterations=10, batch=3, most_bits=3)
+    learned = dict(iterations=10, batch=3, max_bits=3)
     settings = dict(
         search=dict(rounds=1, grids=short_grids(4)), overrides=dict(e=dict(pattern="patch_embed.*", bits=3))
     )

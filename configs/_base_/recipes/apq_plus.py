@@ -15,16 +15,16 @@ quant = dict(
         head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         head_convs=dict(kind="Conv2d", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         # eight levels are too few for one range of all tokens
-        tokens=dict(kind="Linear", most_bits=3, input=dict(format="token_affine", granularity="channel")),
+        tokens=dict(kind="Linear", max_bits=3, input=dict(format="token_affine", granularity="channel")),
         # sixteen are too few for one range of all RoIs, or of all levels that share a head
         dynamic_fcs=dict(
             kind="Linear",
             pattern=r"re:roi_head\..*",
-            most_bits=4,
+            max_bits=4,
             input=dict(format="dynamic_affine", granularity="tensor"),
         ),
         dynamic_convs=dict(
-            kind="Conv2d", pattern=r"re:(rpn|roi|bbox)_head\..*", most_bits=4, input=dict(format="dynamic_affine")
+            kind="Conv2d", pattern=r"re:(rpn|roi|bbox)_head\..*", max_bits=4, input=dict(format="dynamic_affine")
         ),
     ),
     equalize=1.0,
@@ -46,7 +46,7 @@ quant = dict(
     compensation=dict(activations=True, rounding=True, ranges=41, damping=0.1, weighted=False),
     # four or eight levels a weight are too few for closed forms alone
     reconstruction=dict(
-        most_bits=3,
+        max_bits=3,
         rounding="straight_through",
         weighting="none",
         iterations=200,
