@@ -148,12 +148,18 @@ def _rank(spec: Spec) -> tuple[int, ...]:
 BASE = Spec(detector="mask-rcnn", scope="backbone", bits="W4A4", recipe="apq_fast")
 PLUS = replace(BASE, bits="W3A3", recipe="apq_plus")  # at these bits its parts tell
 TWO = replace(PLUS, bits="W2A4")
+EIGHT = replace(BASE, bits="W8A8", recipe="minmax")
 _SEARCH, _FORMATS = "model.quant.search", "model.quant.formats"
 _ATTENTION = f"{_FORMATS}.products.attention"
 
 
 def _changed(key: str, value: Any, base: Spec = BASE) -> Spec:
     return replace(base, options={key: value})
+
+
+def _at_four_bits(pattern: str, *roles: str) -> Spec:
+    rule = "model.quant.overrides.four"
+    return replace(EIGHT, options={f"{rule}.pattern": pattern, **{f"{rule}.{role}.bits": 4 for role in roles}})
 
 
 # what is varied -> variant -> run; the base is a variant of each
@@ -186,6 +192,15 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
     },
     "order in a block": {"backward": BASE, "forward": _changed(f"{_SEARCH}.order", "forward")},
     "calibration images": {str(n): replace(BASE, num_calib=n) for n in (1, 4, 8, 16, 32, 64, 128)},
+    "four bits of one role, eight elsewhere": {
+        "none": EIGHT,
+        "attention maps": _at_four_bits("*attention_value", "attention"),
+        "values": _at_four_bits("*attention_value", "value"),
+        "queries and keys": _at_four_bits("*query_key", "query", "key"),
+        "inputs of qkv and proj": _at_four_bits("*w_msa.*", "input"),
+        "inputs of both FFN layers": _at_four_bits("*ffn*", "input"),
+        "inputs of patch mergings": _at_four_bits("*downsample*", "input"),
+    },
     "parts of apq_plus": {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),

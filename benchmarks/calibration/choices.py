@@ -1,0 +1,40 @@
+"""How far the range factors that two calibrations chose are apart.
+
+    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq --num-calib 8 --no-eval --work-dir EXACT
+    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq_fast --num-calib 8 --no-eval --work-dir FAST
+    python benchmarks/calibration/choices.py EXACT FAST
+
+Both work dirs are of the same detector and scope; every further one is compared with the first.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, median
+
+
+def factors(work_dir: Path) -> dict[str, float]:
+    """Range factors (and variants) that a run chose, by layer and role."""
+    blocks = json.loads((work_dir / "report.json").read_text())["blocks"]
+    return {f"{block['block']}.{name}": factor for block in blocks for name, factor in block["factors"].items()}
+
+
+def main() -> None:
+    """Print a line for each work dir but the first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, help="work dir of the run that the others are compared with")
+    parser.add_argument("others", type=Path, nargs="+", help="work dirs of other runs")
+    args = parser.parse_args()
+    first = factors(args.first)
+    for work_dir in args.others:
+        other = factors(work_dir)
+        if other.keys() != first.keys():
+            parser.error(f"{work_dir} has other ranges than {args.first}: not the same detector, scope and formats")
+        apart = [abs(first[name] - other[name]) for name in first]
+        changed = sum(distance > 0 for distance in apart)
+        distances = f"{mean(apart):.3f} on average, median {median(apart):.3f}"
+        print(f"{work_dir}: {changed} of {len(apart)} ranges differ; {distances} apart")
+
+
+if __name__ == "__main__":
+    main()
