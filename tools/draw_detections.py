@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     parser.add_argument("--score-thr", type=float, default=0.5, help="least score of what is drawn (default: 0.5)")
     parser.add_argument("--scale", type=int, default=2, help="enlargement of the picture (default: 2)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     return parser.parse_args()
 
 

@@ -31,12 +31,14 @@ def parse_args() -> argparse.Namespace:
     """Command line of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("detector", choices=STAGES)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs", help="gets a folder for each stage")
+    parser.add_argument(
+        "--work-dir", type=Path, default=ROOT / "work_dirs", help="gets a folder for each stage (default: work_dirs)"
+    )
     parser.add_argument(
         "--init",
         type=Path,
         default=ROOT / "demo/mask-rcnn_swin-demo.pth",
-        help="Mask R-CNN that the cascade starts from",
+        help="Mask R-CNN that the cascade starts from (default: demo/mask-rcnn_swin-demo.pth)",
     )
     parser.add_argument("--out", type=Path, help="exported checkpoint (default: demo/NAME_OF_CONFIG.pth)")
     parser.add_argument("--resume", action="store_true", help="go on after an interruption")

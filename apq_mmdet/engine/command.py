@@ -62,7 +62,7 @@ examples:
     ... --cfg-options model.quant.overrides.mine.pattern='*.fc_cls' model.quant.overrides.mine.float=True
   two processes, each with half of the images; the same bytes as one process with as many threads:
     torchrun --nproc-per-node 2 tools/quantize_det.py CONFIG CHECKPOINT --launcher pytorch --work-dir DIR
-  what a run would do, how long at most and with how much memory, without doing it:
+  what a run would do, about how long and with how much memory, without doing it:
     ... --dry-run
   afterwards, with mmdet's own unmodified tool:
     python <mmdet>/.mim/tools/test.py DIR/config.py DIR/quantized.pth

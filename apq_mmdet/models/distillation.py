@@ -1,7 +1,7 @@
 """Distillation losses of detectors against their own float outputs; no labels are needed.
 
 Two-stage detectors: the RPN (KL of sigmoid objectness, smooth L1 of the deltas where the float objectness exceeds 0.7)
-and the RoI heads on the float model's proposals (KL of class scores, L1 of deltas, BCE of masks).
+and the RoI heads on the float model's proposals (KL of class scores, L1 of deltas, KL of masks).
 Dense one-stage detectors: as the RPN; ATSS and RTMDet with boxes weighted by their float scores. Detectors that predict
 sets: see set_prediction.py. Others: their neck's features. Every term is a mean over its elements.
 """

@@ -1,4 +1,4 @@
-"""Detectors made harder to quantize: the same float function, but channels as uneven as those of pretrained Swins.
+"""Detectors made harder to quantize: the same float function, but channels as uneven as reported of pretrained ViTs.
 
 Detectors that were trained from scratch on little data have even channels, and flatter methods that cannot cope with
 others. FQ-ViT (arXiv 2111.13824) reports channel ranges of up to more than 40 times the median around the

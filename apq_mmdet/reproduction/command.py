@@ -41,12 +41,29 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data-root", type=Path, required=True, help="folder in COCO layout: annotations, train2017, val2017")
     add("--checkpoints", type=Path, required=True, help="folder of the float checkpoints")
-    add("--work-dir", type=Path, default=Path("work_dirs/reproduce_coco"), help="folder for the table and all results")
+    add(
+        "--work-dir",
+        type=Path,
+        default=Path("work_dirs/reproduce_coco"),
+        help="folder for the table and all results (default: %(default)s)",
+    )
     add(
         "--rows", nargs="+", default=["*"], metavar="NAME", help="models, with wildcards such as '*w4a4' (default: all)"
     )
-    add("--num-calib", type=int, nargs="+", default=[32], help="calibration images; several make a row each")
-    add("--seeds", type=int, nargs="+", default=[0], help="choose the calibration images; several make a row each")
+    add(
+        "--num-calib",
+        type=int,
+        nargs="+",
+        default=[32],
+        help="calibration images; several make a row each (default: 32)",
+    )
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="choose the calibration images; several make a row each (default: 0)",
+    )
     add("--index", type=Path, default=INDEX, help="index of the models (default: the project's model-index.yml)")
     add("--download", action="store_true", help="fetch the checkpoints that are not there")
     add("--dry-run", action="store_true", help="check everything, print the plan with its cost, and stop")

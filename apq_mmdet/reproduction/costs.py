@@ -34,7 +34,7 @@ class Cost:
     """What a row takes.
 
     Attributes:
-        calibration_seconds: at most, by the plan of ``quantize_det.py --dry-run``; 0 for a float detector.
+        calibration_seconds: about, by the plan of ``quantize_det.py --dry-run``; 0 for a float detector.
         evaluation_seconds: at the speed of the float forward on the first image; quantized models are slower.
         memory_bytes: weights and the budget of calibration, for each process.
         kept_bytes: that stay in the work dir.
@@ -55,7 +55,7 @@ class Cost:
         calibration, evaluation = (s / 60 for s in (self.calibration_seconds, self.evaluation_seconds))
         memory, kept, temporary = (b / 2**30 for b in (self.memory_bytes, self.kept_bytes, self.temporary_bytes))
         return (
-            f"calibration at most {calibration:.1f} min, evaluation at least {evaluation:.1f} min, "
+            f"calibration about {calibration:.1f} min, evaluation at least {evaluation:.1f} min, "
             f"memory {memory:.1f} GiB, disk {kept:.2f} GiB and {temporary:.2f} GiB while it runs"
         )
 

@@ -106,7 +106,7 @@ def test_the_whole_table(main, settings, capsys):
 def test_dry_run(main, settings, capsys):
     assert main("--dry-run") == 0
     told = capsys.readouterr().out
-    assert "calibration at most 1.0 min, evaluation at least 1.0 min, memory 1.0 GiB, disk 2.00 GiB" in told
+    assert "calibration about 1.0 min, evaluation at least 1.0 min, memory 1.0 GiB, disk 2.00 GiB" in told
     assert "3 of 3 lines are to be made: about 0.1 h on this machine (abacus)" in told
     assert starts(settings) == [0, 0, 0]
     assert not (settings.work_dir / "table.json").exists()
