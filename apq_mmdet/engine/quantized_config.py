@@ -62,6 +62,8 @@ def read_config(path: str) -> Config:
     try:
         return Config.fromfile(path)
     except Exception as error:  # a config is code: it can fail in any way
+        if getattr(error, "name", None) == "pkg_resources":  # by which mmengine finds the configs of mmdet
+            raise BadInputError(f'config {path} needs pkg_resources: pip install "setuptools<81"') from error
         raise BadInputError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
 
 

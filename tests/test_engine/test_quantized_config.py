@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,13 @@ def test_a_recipe_beside_the_model_is_the_configs_own(recipe):
     cfg.quant = {**load_recipe("repq"), "a_bits": 6}
     quant = quantized_config(cfg, recipe, {}).model.quant
     assert (quant.recipe, quant.a_bits) == (recipe or "repq", 6)
+
+
+def test_a_missing_pkg_resources_is_told_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
+    (tmp_path / "based.py").write_text("_base_ = 'mmdet::_base_/default_runtime.py'\n")
+    with pytest.raises(BadInputError, match=r'based.py needs pkg_resources: pip install "setuptools<81"'):
+        read_config(str(tmp_path / "based.py"))
 
 
 def test_a_recipe_that_is_none_is_refused():
