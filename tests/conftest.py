@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from unittest.mock import patch
 
 # one thread in this process and in those it starts: results are compared bit by bit, and threads of several
 # processes would fight for the cores
@@ -17,6 +19,16 @@ from mmdet.models.backbones import SwinTransformer
 def _seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_as_they_come() -> Iterator[None]:
+    """Formatting a config with yapf, which every Runner does three times, takes longer than most of what is tested.
+
+    Commands that run as processes of their own format theirs.
+    """
+    with patch("mmengine.config.config.FormatCode", lambda text, **_: (text, True)):
+        yield
 
 
 @pytest.fixture

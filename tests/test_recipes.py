@@ -55,8 +55,18 @@ def test_recipe(name):
         assert 0 < float((output - exact).norm() / exact.norm()) < 1
 
 
+PAPERS_OBJECTIVE = dict(type="hessian", eliminate=0.1, eliminate_by="error")
 PARTS = {  # what makes a recipe what it is
-    "apq_plus": lambda r: [(s.rounding, s.max_bits) for s in r.reconstruction] == [("straight_through", 3)],
+    "apq": lambda r: (
+        (r.search.metric, r.search.order, r.search.rounds, r.search.objective)
+        == ("block", "backward", 3, PAPERS_OBJECTIVE)
+        and [len(r.search.factors(kind)) for kind in ("Linear", "Conv2d", "MatMul")] == [100, 100, 100]
+    ),
+    "apq_plus": lambda r: (
+        [(s.rounding, s.max_bits) for s in r.reconstruction] == [("straight_through", 3)]
+        and (r.search.metric, r.search.block_input, r.equalize) == ("module", "quantized", 1)
+        and (len(r.search.factors("Linear")), r.compensation.ranges, r.compensation.weighted) == (41, 41, False)
+    ),
     "percentile": lambda r: r.observer == "percentile" and r.search is None,
     "base_ptq": lambda r: r.search.objective == dict(type="cosine") and r.search.rounds == 1,
     "ptq4vit": lambda r: r.search.objective == dict(type="hessian") and r.search.rounds == 3,

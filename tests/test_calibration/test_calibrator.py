@@ -46,9 +46,9 @@ def fast(**settings):
 
 
 def killed_and_resumed(settings):
-    """Model and report of a calibration that died before it kept a block, then after one, then after two."""
+    """Model and report of a calibration that died when it had kept a block, and again when it had kept two."""
     states = States()
-    for states.die_after in (0, 1, 2):
+    for states.die_after in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             calibrate(quantized_swin(settings), IMAGES, settings, states=states)
     states.die_after = None
@@ -58,9 +58,19 @@ def killed_and_resumed(settings):
     return model, report
 
 
-@pytest.mark.parametrize("block_input", ["float", "quantized"])
-def test_resumed_calibration_gives_the_same_state(block_input):
-    settings = recipe("apq", search=dict(grids=short_grids(4), rounds=2, block_input=block_input))
+RESUMED = {
+    "apq": {},
+    "apq on quantized inputs": dict(search=dict(block_input="quantized")),
+    "qwt": {},  # output compensation
+    "qdrop": dict(reconstruction=dict(weighting="none", iterations=3, batch=4, keep_float=0.5)),  # learned weights
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_calibration_gives_the_same_state(name):
+    changes = {"search": {}, **RESUMED[name]}
+    search = dict(grids=short_grids(4), rounds=2, **changes.pop("search"))
+    settings = recipe(name.split()[0], search=search, **changes)
     whole = quantized_swin(settings)
     calibrate(whole, IMAGES, settings)
     a, b = packed_state_dict(whole), packed_state_dict(killed_and_resumed(settings)[0])
@@ -343,3 +353,48 @@ def test_observers_are_for_activations_alone(equalize):
                 rows = layer.weight.view(quantizer.groups, -1)
                 assert torch.equal(low, rows.amin(1))
                 assert torch.equal(high, rows.amax(1))
+
+
+def test_a_kept_state_of_another_model_is_refused():
+    settings, states = fast(), States()
+    calibrate(quantized_swin(settings), IMAGES[:1], settings, states=states)
+    first = next(iter(states))
+    states[first]["state"].popitem()
+    with pytest.raises(CalibrationError, match="does not fit the model: start again without --resume"):
+        calibrate(quantized_swin(settings), IMAGES[:1], settings, states=states)
+
+
+def test_an_eighth_of_the_budget_holds_what_is_captured(monkeypatch):
+    held = []
+
+    class Told(CaptureStore):
+        def __init__(self, parent, memory):
+            held.append(memory)
+            super().__init__(parent, memory)
+
+    monkeypatch.setattr("apq_mmdet.calibration.calibrator.CaptureStore", Told)
+    settings = recipe("minmax")
+    calibrate(quantized_swin(settings), IMAGES[:1], settings, memory_budget=8000)
+    assert held == [1000]
+
+
+def test_each_block_and_each_stage_of_it_draws_from_a_seed_of_its_own(monkeypatch):
+    drawn = []
+
+    def note(module, calls, stage, seed, told):
+        drawn.append(seed)
+        return {"before": 1.0, "after": 1.0, "kept": False}
+
+    monkeypatch.setattr("apq_mmdet.calibration.calibrator.reconstruct", note)
+    settings = fast(reconstruction=[dict(iterations=2, batch=2), dict(iterations=1, batch=2)])
+    blocks = len(calibrate(quantized_swin(settings), IMAGES[:1], settings, seed=7).blocks)
+    assert drawn == [7 + block + stage for block in range(blocks) for stage in range(2)]
+
+
+def test_the_seed_chooses_the_windows_of_a_sample():
+    image, factors = torch.randn(1, 3, 90, 90), []
+    settings = recipe("apq_fast", search=dict(grids=short_grids(12), rounds=1, windows=1))
+    for seed in (0, 0, 1):
+        report = calibrate(quantized_swin(settings), [image], settings, seed=seed)
+        factors.append([block.factors for block in report.blocks])
+    assert factors[0] == factors[1] != factors[2]

@@ -47,8 +47,11 @@ def observed(block, inputs):
     return outputs
 
 
-def prepared(block, inputs, bits=None, formats=None, grads=None):
-    """A quantized block, and its calls; the units are the entries of the first axis."""
+def prepared(block, inputs, bits=None, formats=None, grads=None, floats=None):
+    """A quantized block, and its calls; the units are the entries of the first axis.
+
+    ``floats`` are inputs of the float model, where ``inputs`` are what quantized blocks give.
+    """
     policy = dict(bits or dict(w_bits=3, a_bits=3))
     formats = formats or dict(all=dict(weight=dict(granularity="channel")))
     quantize_model(block, recipe("minmax", formats=formats, **policy).policy)
@@ -57,7 +60,8 @@ def prepared(block, inputs, bits=None, formats=None, grads=None):
         targets = output.flatten(1)
         grad = torch.randn_like(targets) if grads is None else grads[image].flatten(1)
         padding = torch.zeros(len(x), dtype=torch.int64)
-        entries.append(UnitCall((x,), {}, targets, grad, padding, image, targets.numel(), True))
+        float_args = None if floats is None else (floats[image],)
+        entries.append(UnitCall((x,), {}, targets, grad, padding, image, targets.numel(), True, float_args))
     return block, as_calls(entries)
 
 
@@ -105,6 +109,19 @@ def test_weights_are_the_ridge_regression_and_the_bias_takes_the_mean(bias, weig
     if bias:
         error = x @ before.weight.T.double() + before.bias.double() - quantized @ layer.weight.T.double()
         assert torch.allclose(layer.bias.double(), importance @ error / importance.sum(), atol=1e-5)
+
+
+def test_what_quantized_blocks_give_stands_for_what_the_float_model_has():
+    floats = correlated()
+    inputs = [x + torch.randn_like(x) for x in floats]
+    block, calls = prepared(nn.Sequential(nn.Linear(6, 4)), inputs, EXACT, floats=floats)
+    layer, before = block[0], copy.deepcopy(block[0])
+    quantized = layer.quantizers["input"].fake_quantize(torch.cat(inputs)).double()
+    compensate(block, calls, CompensationConfig(rounding=False, ranges=0, damping=TINY, weighted=False))
+    x = torch.cat(floats).double()
+    want = least_squares(before.weight.double(), x, quantized, torch.ones(len(x), dtype=torch.float64), True, TINY)
+    clipped = before.quantizers["weight"].fake_quantize(want.float()).double()
+    assert torch.allclose(layer.weight.double(), clipped, atol=1e-6)
 
 
 def test_only_the_mean_is_left_to_a_bias():

@@ -47,10 +47,18 @@ def calibrated(name: str, w_bits: int, a_bits: int, images: int) -> dict[str, to
     return packed_state_dict(model)
 
 
+def runs_of(processes: int) -> list[tuple[str, int, int, int]]:
+    """All of them with two processes; with three one in which two have no image, and one in which each has a shard."""
+    return RUNS if processes == 2 else RUNS[3:]
+
+
 def work(rank: int, processes: int, port: int, folder: str) -> None:
     with process_group(rank, processes, port), small_shards():
         dealt = list(by_shard(pair for pair in DEALT.items() if pair[0] % processes == rank))
-        torch.save([own_images(IMAGES), dealt, {made: calibrated(*made) for made in RUNS}], f"{folder}/{rank}.pth")
+        torch.save(
+            [own_images(IMAGES), dealt, {made: calibrated(*made) for made in runs_of(processes)}],
+            f"{folder}/{rank}.pth",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +74,9 @@ def test_any_number_of_processes_gives_the_same_bits(processes, alone, tmp_path,
     assert sorted(image for images, *_ in results for image in images) == list(range(IMAGES))
     assert all(images for images, *_ in results)
     assert all(dealt == [10, 20, 40, 60] for _, dealt, _ in results)  # in their order, whoever has them
-    for made, want in alone.items():
+    for made in runs_of(processes):
         for *_, states in results:
-            assert all(torch.equal(want[key], states[made][key]) for key in want)
+            assert all(torch.equal(alone[made][key], states[made][key]) for key in alone[made])
 
 
 def die(rank: int, processes: int, port: int, folder: str) -> None:

@@ -89,6 +89,19 @@ def test_perturbation_of_two_blocks_at_once():
         assert any(fits)
 
 
+def test_the_gradient_at_the_quantized_model_is_autograds():
+    model, x = quantized(nn.Linear(3, 2), nn.Linear(2, 4)), torch.randn(6, 3)
+    found = importance_of(model, Bowl(), [x], "disturbed")
+    with torch.no_grad(), float_only(model):
+        teacher = model(x)
+    first = model[0](x).detach().requires_grad_()
+    second = model[1](first)
+    want = torch.autograd.grad(Bowl().loss(second, teacher, None), [first, second])
+    for block, grad in zip("01", want, strict=True):
+        assert bool(grad.any())
+        assert torch.allclose(found[block, 0], GRADIENT_SCALE * grad, rtol=1e-5)
+
+
 def test_it_does_not_depend_on_the_quantizers():
     found = []
     for bits in (2, 8):

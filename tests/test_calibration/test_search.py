@@ -10,7 +10,7 @@ from torch import nn
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.objectives import Objective
 from apq_mmdet.calibration.replay import layer_calls
-from apq_mmdet.calibration.sampling import sample_call
+from apq_mmdet.calibration.sampling import sample_call, sample_rows
 from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, SlotErrors, search_block
 from apq_mmdet.calibration.store import TensorStore
@@ -137,6 +137,13 @@ def test_a_full_shortlist_is_the_exact_form_and_the_module_metric_is_another():
     assert results["exact"] != results["module"]
 
 
+def test_a_shortlist_of_one_is_the_choice_at_the_layer():
+    settings = recipe("apq", search=dict(grids=short_grids(), rounds=1, objective=dict(type="hessian", eliminate=0.0)))
+    block, calls = prepared(0, settings)
+    results = [search(block, calls, replace(settings.search, **c)) for c in (dict(shortlist=1), dict(metric="module"))]
+    assert results[0] == results[1]
+
+
 def test_module_metric_of_the_first_layer_against_brute_force():
     settings = recipe("apq", search=dict(grids=short_grids(), metric="module", rounds=1))
     block, calls = prepared(0, settings)
@@ -195,6 +202,22 @@ def test_window_sampling_is_a_valid_crop():
     grid = calls[1].args[0].view(height, width, -1)
     crops = [grid[:7, c : c + 7].reshape(1, 49, -1) for c in (0, 7)]
     assert any(torch.equal(crop, small.args[0]) for crop in crops)
+    with torch.no_grad(), float_only(block):  # the same crop of the gradients
+        told = sample_call(block, replace(calls[1], grads=[calls[1].args[0]]), settings.search, seed=5)
+    assert torch.equal(told.grads[0], told.args[0])
+
+
+def test_rows_are_sampled_with_what_belongs_to_them():
+    settings = recipe("apq_fast", search=dict(rows=4)).search
+    rows = torch.arange(9.0)[:, None]
+    call = BlockCall((rows,), {"mask": rows + 1}, [rows + 2], [rows + 3], 0, ((rows + 4,), {}))
+    small = sample_rows(nn.Identity(), call, settings, torch.Generator().manual_seed(0))
+    kept = small.args[0]
+    assert len(kept.unique()) == 4
+    assert torch.equal(kept, kept.sort(0).values)
+    others = [small.kwargs["mask"], small.outputs[0], small.grads[0], small.float_inputs[0][0]]
+    assert all(torch.equal(other, kept + i) for i, other in enumerate(others, 1))
+    assert sample_rows(nn.Identity(), call, replace(settings, rows=9), torch.Generator()) is call
 
 
 def test_slots_are_named_by_layer_and_role():

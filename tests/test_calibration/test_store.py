@@ -45,3 +45,16 @@ def test_calls_come_back_in_the_order_of_the_images_once():
         assert calls[2].outputs[0].tolist() == [[3, 3]]
         assert calls[2].grads[0].tolist() == [[4, 4]]
         assert calls[2].kwargs == {"k": 3}
+
+
+def test_what_is_kept_anew_takes_the_place_of_what_was(tmp_path):
+    """On disk at first and in memory later, and the other way round."""
+    with TensorStore(tmp_path, memory=500) as store:
+        store.put("other", tree(0.0))  # fills the memory
+        store.put("key", tree(1.0))
+        store.drop("other")
+        store.put("key", tree(2.0))
+        assert store.get("key")["a"][0].unique().tolist() == [2.0]
+        assert not list(tmp_path.glob("apq_capture_*/*"))
+        store.put("key", {"a": torch.full((1000,), 3.0)})
+        assert store.get("key")["a"].unique().tolist() == [3.0]

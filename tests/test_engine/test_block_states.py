@@ -1,11 +1,15 @@
 """The folder of finished blocks: nothing in it is lost that its owner wants to keep."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import apq_mmdet
 from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
+from apq_mmdet.engine.run_record import calibration_conditions
 from apq_mmdet.errors import BadInputError
 
 RUN = {"seed": 0, "bits": 4}
@@ -60,3 +64,23 @@ def test_another_run_starts_anew_and_deletes_only_what_is_its_own(tmp_path):
     BlockStatesOnDisk(tmp_path, other, resume=False)
     assert names(tmp_path) == {"run.json", "notes.txt"}
     assert json.loads((tmp_path / "run.json").read_text()) == other
+
+
+def test_what_a_calibration_depends_on(tmp_path, monkeypatch):
+    """Another byte of an image or of the code, another device or number of threads are other conditions."""
+    image, package = tmp_path / "image.png", tmp_path / "package"
+    image.write_bytes(b"pixels")
+    package.mkdir()
+    (package / "__init__.py").write_text("old")
+    monkeypatch.setattr(apq_mmdet, "__file__", str(package / "__init__.py"))
+    seen = [calibration_conditions([image], "cpu")]
+    assert seen[0] == calibration_conditions([image], "cpu")
+    image.write_bytes(b"pixelz")
+    seen.append(calibration_conditions([image], "cpu"))
+    (package / "__init__.py").write_text("new")
+    seen.append(calibration_conditions([image], "cpu"))
+    seen.append(calibration_conditions([image], "cuda"))
+    torch.set_num_threads(2)
+    seen.append(calibration_conditions([image], "cuda"))
+    changed = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(seen)]
+    assert changed == [{"calibration_images_sha256"}, {"code_sha256"}, {"device"}, {"threads"}]

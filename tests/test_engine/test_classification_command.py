@@ -10,6 +10,7 @@ from small_classifiers import CLASSES, MODELS, made, options
 from apq_mmdet.engine import classification_command
 from apq_mmdet.engine.classification import evaluate, load_classifier
 from apq_mmdet.engine.classification_command import ClassificationRun, main
+from apq_mmdet.layers import quantizers_of
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -64,6 +65,20 @@ def test_loaded_classifiers_give_the_same_scores(runs, folders, bits):
         assert torch.equal(loaded.model(x), run.model(x))
     again = evaluate(load_classifier(run.work_dir / "quantized.pth").model, run.evaluated, 64, 0, "again")
     assert again == report_of(run)["metrics"]["quantized"]
+
+
+def test_layers_that_were_left_float_are_so_in_a_loaded_classifier(runs, tmp_path):
+    run = runs[4]
+    content = torch.load(run.work_dir / "quantized.pth", weights_only=True)
+    name = next(row.layer for row in reversed(run.table) if row.role == "weight" and row.bits)  # the head
+    state = content["state_dict"]
+    for key in [key for key in state if key.startswith(f"{name}.") and not key.endswith("bias")]:
+        del state[key]
+    state[f"{name}.weight"] = run.model.get_submodule(name).weight.data
+    content["meta"]["apq_mmdet"]["left_float"] = [name]
+    torch.save(content, tmp_path / "quantized.pth")
+    assert not any(q for q in quantizers_of(load_classifier(tmp_path).model.get_submodule(name)))
+    assert len(quantizers_of(load_classifier(tmp_path).model)) == len(quantizers_of(run.model)) - 2
 
 
 def test_the_documented_way_to_load(runs, folders):

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import mmdet
 import pytest
 import torch
 from helpers import CHECKPOINT, ROOT
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from quick_command import QUICK, quantize
 
 from apq_mmdet.engine import command
@@ -83,18 +85,15 @@ def test_detector_apis(result, data):
     assert scores == pytest.approx(found.scores.tolist())
 
 
-def test_killed_twice_and_resumed_gives_the_same_bytes(result, config, tmp_path):
+def test_killed_and_resumed_gives_the_same_bytes(result, config, tmp_path):
     args = [sys.executable, ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
     states = tmp_path / "calibration"
-    for kill in range(2):
-        process = subprocess.Popen(
-            [*args, "--resume", "--no-eval"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while len(list(states.glob("*.pth"))) <= 3 * (kill + 1):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = subprocess.Popen([*args, "--no-eval"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(states.glob("*.pth"))) <= 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (tmp_path / "quantized.pth").exists()
     assert quantize(config, tmp_path, "--resume", "--no-eval") == 0
     assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
@@ -127,12 +126,12 @@ def test_quantizing_twice_is_refused(result, config, tmp_path, capsys):
     assert "already quantized" in capsys.readouterr().err
 
 
-def test_averaged_weights_of_training_do_not_meet_the_evaluation(result, config, tmp_path):
+def test_averaged_weights_of_training_do_not_meet_the_evaluation(config, tmp_path):
     hook = "custom_hooks=[dict(type='EMAHook', update_buffers=True)]"
     (tmp_path / "ema.py").write_text(f"_base_ = '{config}'\n{hook}\n")
-    assert quantize(tmp_path / "ema.py", tmp_path / "w") == 0
-    plain, ema = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path / "w"))
-    assert ema["quantized"] == plain["quantized"]
+    line = [str(tmp_path / "ema.py"), str(CHECKPOINT), "--work-dir", str(tmp_path / "w"), *QUICK]
+    runner = command.build_runner(command.build_config(command.build_parser().parse_args(line)))
+    assert not any(isinstance(hook, EMAHook) for hook in runner.hooks)
 
 
 def test_a_backbones_own_quant_is_the_recipe(config, tmp_path):
@@ -180,8 +179,31 @@ def test_calibrating_on_evaluated_images_when_asked_for_is_reported(config, data
 
 
 def test_resuming_another_run_is_refused(result, config, capsys):
-    assert quantize(config, result, "--resume", "--a-bits", "6", "--no-eval") == 2
-    assert "belongs to another run, it differs in quant" in capsys.readouterr().err
+    states = (result / "calibration" / "run.json").read_text()
+    for key, options in {
+        "quant": ["--a-bits", "6"],
+        "seed": ["--seed", "1"],
+        "model": ["--cfg-options", "model.test_cfg.rcnn.score_thr=0.1"],
+        "pipeline": [
+            "--cfg-options",
+            "test_pipeline.1.scale=(96,96)",
+            "test_dataloader.dataset.pipeline.1.scale=(96,96)",
+        ],
+    }.items():
+        assert quantize(config, result, "--resume", "--no-eval", *options) == 2
+        assert re.search(rf"belongs to another run, it differs in [^;]*\b{key}\b", capsys.readouterr().err)
+    assert (result / "calibration" / "run.json").read_text() == states
+
+
+def test_resuming_with_another_checkpoint_is_refused(result, config, checkpoint, tmp_path, capsys):
+    torch.save({**checkpoint, "meta": {**checkpoint["meta"], "epoch": 99}}, tmp_path / "other.pth")
+    line = [str(config), str(tmp_path / "other.pth"), "--work-dir", str(result), *QUICK, "--resume", "--no-eval"]
+    assert command.main(line) == 2
+    assert "differs in checkpoint_sha256;" in capsys.readouterr().err
+
+
+def test_a_finished_run_may_be_repeated(result, config):
+    assert quantize(config, result, "--dry-run", "--no-eval") == 0  # else it would have to be resumed or deleted
 
 
 def test_help_teaches(capsys):
@@ -196,21 +218,21 @@ def test_help_teaches(capsys):
 def test_two_processes_give_the_same_bytes_and_ap(result, config, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = [ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
-    subprocess.run([*launch, *args, "--launcher", "pytorch"], check=True, capture_output=True)
+    args += ["--launcher", "pytorch", "--memory-budget", "0.001"]  # so small that captures go to disk
+    subprocess.run([*launch, *args], check=True, capture_output=True)
     assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
     alone, together = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path))
     assert together["quantized"] == alone["quantized"]
 
 
-def test_processes_of_another_launcher(result, config, tmp_path, free_port):
-    """Two processes that know their rank as mpirun tells it; small memory, so that captures go to disk."""
-    children = []
-    for rank in range(2):
-        ranks = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank}
-        told = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in ranks.items()}
-        line = [sys.executable, ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
-        line += ["--no-eval", "--launcher", "mpi", "--memory-budget", "0.001"]
-        environment = {**os.environ, **told, "MASTER_PORT": str(free_port)}
-        children.append(subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    assert [child.wait(300) for child in children] == [0, 0]
-    assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
+def test_processes_of_another_launcher(monkeypatch):
+    """Each knows its rank as mpirun tells it, and joins the others on a CPU as torch wants to be told."""
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
+    told = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    cfg = Config(dict(launcher="mpi"))
+    with patch.dict(os.environ, told), patch.object(command, "get_device", lambda: "cpu"):
+        command.prepare_launcher(cfg)
+        ranks = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    assert (ranks, joined) == (["1", "2", "1"], ["gloo"])
+    assert cfg.model_wrapper_cfg.device_ids is None

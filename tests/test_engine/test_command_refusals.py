@@ -75,6 +75,7 @@ def test_a_pickle_with_code_is_refused(config, tmp_path, capsys):
         (["--num-calib", "99"], "99 calibration images asked for, the training set holds 8"),
         (["--calib-dir", "nowhere"], "calibration folder nowhere does not exist"),
         (["--device", "tpu"], "--device must be"),
+        (["--device", "cuda:99"], r"--device cuda:99: torch sees \d+ CUDA devices"),
         (["--memory-budget", "0"], "--memory-budget must be a number of GiB above 0, got 0"),
         (["--memory-budget", "nan"], "--memory-budget must be a number of GiB above 0, got nan"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
@@ -226,6 +227,15 @@ def test_damaged_and_missing_images(config, copied_data, tmp_path, capsys, split
     assert quantize(config, tmp_path / "w", *options) == 2
     message = "calibration image .* cannot be read" if split == "train" else "evaluation image .* does not exist"
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_interrupt_is_exit_code_1_and_says_how_to_go_on(config, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apq_mmdet.engine.ptq_loop.calibrate", interrupt)
+    assert quantize(config, tmp_path, "--no-eval", "--recipe", "minmax") == 1
+    assert "interrupted; where the command knows --resume, that goes on" in capsys.readouterr().err
 
 
 def test_a_failure_in_the_work_is_exit_code_1(config, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,82 @@
+"""The losses of detectors with RPN and RoI heads, and what the float model chooses, against plain loops and mmdet."""
+
+import torch
+from helpers import ROOT
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox2roi
+from mmengine.config import Config
+
+from apq_mmdet.models.distillation import CONFIDENT, FixedRois, TwoStageTask, dense_loss
+
+ANCHORS, CLASSES = 2, 3
+
+
+def sigmoid_kl(logits, target):
+    """Mean over all elements of the divergence of yes-or-no variables."""
+    p, q = target.double().sigmoid(), logits.double().sigmoid()
+    return float((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean())
+
+
+def dense(levels):
+    """Scores and deltas of an anchor head on feature maps of these sizes."""
+    scores = [2 * torch.randn(1, ANCHORS * CLASSES, side, side) for side in levels]
+    return scores, [torch.randn(1, ANCHORS * 4, side, side) for side in levels]
+
+
+def dense_by_hand(student, teacher):
+    total = 0.0
+    for score, delta, score_t, delta_t in zip(*student, *teacher, strict=True):
+        total += sigmoid_kl(score, score_t)
+        errors = []
+        for anchor in range(ANCHORS):
+            for place in torch.cartesian_prod(*(torch.arange(side) for side in score.shape[2:])).tolist():
+                at = (slice(None), *place)
+                best = score_t[0][at][anchor * CLASSES : (anchor + 1) * CLASSES].sigmoid().max()
+                if best > CONFIDENT:
+                    gaps = (delta[0][at] - delta_t[0][at])[4 * anchor : 4 * anchor + 4].abs().double()
+                    errors += [g**2 / 2 if g < 1 else g - 0.5 for g in gaps.tolist()]
+        total += sum(errors) / len(errors)
+    return total
+
+
+def test_loss_of_anchor_heads():
+    student, teacher = dense((5, 3)), dense((5, 3))
+    assert abs(float(dense_loss(student, teacher)) - dense_by_hand(student, teacher)) < 1e-5
+
+
+def test_loss_of_roi_heads():
+    labels = torch.tensor([2, 0, 1])
+
+    def heads():
+        stages = [(2 * torch.randn(7, CLASSES + 1), torch.randn(7, 4 * CLASSES)) for _ in range(2)]
+        return dense((4,)), stages, [torch.randn(3, CLASSES, 5, 5)]
+
+    student, teacher = heads(), heads()
+    want = dense_by_hand(student[0], teacher[0])
+    for (score, delta), (score_t, delta_t) in zip(student[1], teacher[1], strict=True):
+        p, q = score_t.double().softmax(1), score.double().softmax(1)
+        want += float((p * (p / q).log()).sum(1).mean()) + float((delta - delta_t).double().abs().mean())
+    mask, mask_t = (
+        torch.stack([m[i, label] for i, label in enumerate(labels)]) for m in (student[2][0], teacher[2][0])
+    )
+    want += sigmoid_kl(mask, mask_t)
+    loss = TwoStageTask().loss(student, teacher, FixedRois([], torch.zeros(3, 5), labels))
+    assert abs(float(loss) - want) < 1e-5
+
+
+def test_boxes_of_a_cascade_are_refined_as_mmdet_does():
+    cfg = Config.fromfile(ROOT / "configs/demo/cascade-mask-rcnn_swin-demo.py")
+    head = MODELS.build(cfg.model).eval().roi_head
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    features = tuple(torch.randn(1, 64, side, side) for side in (24, 12, 6, 3))
+    corner = 40 * torch.rand(9, 2)
+    rois = bbox2roi([torch.cat([corner, corner + 10 + 30 * torch.rand(9, 2)], 1)])
+    meta = dict(img_shape=(96, 96), scale_factor=(1.0, 1.0))
+    with torch.no_grad():
+        outputs, boxes = TwoStageTask()._run_teacher_stages(head, features, rois, meta)
+        refined, scores, deltas = head._refine_roi(features, rois, [meta], (len(rois),))
+    assert not torch.equal(boxes[1], boxes[0])
+    assert torch.equal(boxes[-1], refined[0])
+    assert torch.allclose(torch.stack([score for score, _ in outputs]).mean(0), scores[0])
+    assert torch.equal(outputs[-1][1], deltas[0])
