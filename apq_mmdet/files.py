@@ -53,8 +53,10 @@ def _plain_value(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomic, indented JSON of what ``plain`` takes."""
-    write_atomic(path, (json.dumps(content, indent=1, default=_plain_value) + "\n").encode())
+    """Atomic, indented JSON of what ``plain`` takes; null for NaN and infinity, which JSON does not know."""
+    text = json.dumps(content, default=_plain_value)
+    strict = json.loads(text, parse_constant=lambda _: None)
+    write_atomic(path, (json.dumps(strict, indent=1) + "\n").encode())
 
 
 def tensor_bytes(content: Any) -> bytes:

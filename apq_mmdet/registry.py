@@ -14,7 +14,10 @@ SCOPE = "apq_mmdet"
 
 
 class DetectorRegistry(Registry):
-    """Knows a quantized variant of detectors too that were registered, or replaced, after this package was imported."""
+    """Knows a quantized variant of detectors too that were registered, or replaced, after this package was imported.
+
+    ``apq_mmdet.path.to.Class`` is that of a detector which is not in mmdet's registry.
+    """
 
     def get(self, key: str) -> Any:
         """The class of this name."""
@@ -23,7 +26,10 @@ class DetectorRegistry(Registry):
             if name not in self.module_dict:
                 self.import_from_location()
             import_module(f"{SCOPE}.models.detectors").register_quantized_detectors()
-        return super().get(key)
+        path = key.removeprefix(f"{SCOPE}.")  # which mmengine takes off before it asks
+        if "." in path:
+            import_module(f"{SCOPE}.models.detectors").register_by_path(path)
+        return self.module_dict[path] if path in self.module_dict else super().get(key)
 
 
 def class_name(kind: str | type) -> str:

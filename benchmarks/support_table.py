@@ -54,9 +54,10 @@ COCO's boxes and masks. So the table says what runs and what is quantized, not h
 In scope `detector` calibration compares what the heads predict before any post-processing. Where a transformer picks
 its queries among the encoder's proposals, the quantized model takes those that the float model picked, so that query i
 means the same in both; the evaluation afterwards lets it pick its own. The scope knows RPN with standard and cascade
-RoI heads (box heads of any kind but SABL's), the dense heads of RetinaNet, ATSS and RTMDet and plain anchor heads, the
-heads of Deformable DETR, DINO and DDQ, and those of MaskFormer and Mask2Former. Subclasses of these, which may predict
-other things, and all others are refused; scope `backbone` takes any detector of mmdet.
+RoI heads (box heads of any kind but SABL's and those with Seesaw loss; no semantic head beside them), the dense heads
+of RetinaNet, ATSS and RTMDet and plain anchor heads, the heads of Deformable DETR, DINO and DDQ, and those of
+MaskFormer and Mask2Former. Subclasses of these, which may predict other things, and all others are refused;
+scope `backbone` takes any detector of mmdet.
 """
 
 

@@ -1,5 +1,6 @@
 """Captured tensors: in memory up to a budget, beyond it on disk, read back through memory maps."""
 
+import shutil
 import tempfile
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from apq_mmdet.calibration.blocks import BlockCall, tensors_of
 from apq_mmdet.calibration.distributed import gather
+from apq_mmdet.errors import CalibrationError
 
 TENSOR = object()  # stands for a tensor in the structure of a kept tree
 
@@ -55,7 +57,17 @@ class TensorStore:
         elif tensors:
             self._written += 1
             self._files[key] = Path(self._folder.name) / f"{self._written}.pt"
-            torch.save([t.cpu().clone(memory_format=torch.contiguous_format) for t in tensors], self._files[key])
+            self._write([t.cpu().clone(memory_format=torch.contiguous_format) for t in tensors], self._files[key])
+
+    def _write(self, tensors: list[Tensor], path: Path) -> None:
+        try:
+            torch.save(tensors, path)
+        except (OSError, RuntimeError) as error:  # torch's writer does not say that a disk is full
+            free = shutil.disk_usage(path.parent).free
+            raise CalibrationError(
+                f"captured activations cannot be written to {path}, where {free / 2**20:.0f} MiB are free ({error}): "
+                f"use a folder on a larger disk, fewer images, or more memory (--memory-budget)"
+            ) from error
 
     def get(self, key: Hashable) -> Any:
         """The tree of a key; its tensors must not be modified."""

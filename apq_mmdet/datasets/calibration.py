@@ -56,11 +56,13 @@ class CalibrationImages(Sequence):
         """Raise BadInputError with the path of the first image that is missing or cannot be decoded."""
         for index, path in enumerate(self.paths):
             if not os.path.isfile(path):
-                raise BadInputError(f"calibration image {path} does not exist")
+                raise BadInputError(f"calibration image {path} does not exist{only_local(path)}")
             try:
-                self[index]
+                sample = self[index]
             except Exception as error:
                 raise BadInputError(f"calibration image {path} cannot be read: {error}") from error
+            if sample is None:
+                raise BadInputError(f"calibration image {path}: the test pipeline makes nothing of it")
 
     def overlap(self, evaluated: Sequence[str], allowed: bool = False) -> int:
         """How many images are among the ``evaluated`` paths; AP is then measured on seen images.
@@ -75,6 +77,11 @@ class CalibrationImages(Sequence):
                 f"calibrate on training images or on another folder"
             )
         return len(shared)
+
+
+def only_local(path: str) -> str:
+    """What to say of a missing file that lies behind a file backend."""
+    return "; images behind a file backend are not read, only local files" if "://" in path else ""
 
 
 def _innermost(dataset: dict[str, Any]) -> list[dict[str, Any]]:
@@ -146,12 +153,11 @@ def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]
 def _annotated_images(config: dict[str, Any]) -> BaseDataset:
     try:
         return DATASETS.build(dict(config, pipeline=[]))
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, ImportError) as error:
-        raise BadInputError(f"the training set cannot be read: {error}; or give a folder with --calib-dir") from error
-    except ValueError as error:  # what mmdet makes of a set without images
+    except Exception as error:  # annotations can be wrong in any way
+        empty = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)  # what mmdet makes of it
+        hint = "do the classes of its metainfo stand in its annotations? Or" if empty else "or"
         raise BadInputError(
-            f"the training set cannot be read: {error}; do the classes of its metainfo stand in its annotations? Or "
-            f"give a folder with --calib-dir"
+            f"the training set cannot be read: {type(error).__name__}: {error}; {hint} give a folder with --calib-dir"
         ) from error
 
 

@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import plain, tensor_bytes, write_atomic, write_json
 
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
 CAPTURES = "apq_capture_*"  # folders of captured tensors, which a killed run leaves behind
+LOCK = ".lock"
 
 
 def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
@@ -58,12 +64,13 @@ class BlockStatesOnDisk:
         resume: go on with what is there; otherwise start anew.
 
     Raises:
-        BadInputError: see ``check_folder``.
+        BadInputError: see ``check_folder``; or another process works in the folder.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
         check_folder(folder, run, resume)
         self.folder = folder
+        self._lock()
         for leftover in folder.glob(CAPTURES):
             shutil.rmtree(leftover, ignore_errors=True)
         if resume and (folder / DESCRIPTION).exists():
@@ -71,6 +78,18 @@ class BlockStatesOnDisk:
         for path in (folder / DESCRIPTION, folder / FINISHED, *folder.glob("*.pth")):
             path.unlink(missing_ok=True)
         write_json(folder / DESCRIPTION, plain(run))
+
+    def _lock(self) -> None:
+        """Keep other processes out for as long as this one lives, but not by what it forks."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held = (self.folder / LOCK).open("w")
+        if fcntl is not None:
+            try:
+                fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInputError(
+                    f"another run works in {self.folder}: wait for its end or use another --work-dir"
+                ) from None
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.pth"

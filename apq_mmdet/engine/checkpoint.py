@@ -1,5 +1,6 @@
 """Checkpoints: float weights in, checked strictly; the quantized model out, packed."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ META_KEY = "apq_mmdet"  # in a checkpoint's meta
 PREPROCESSOR = "data_preprocessor."
 
 
-def float_state(content: Any, path: str | Path, places: Sequence[str] = ("state_dict",)) -> dict[str, torch.Tensor]:
+def float_state(
+    content: Any, path: str | Path, places: Sequence[str] = ("state_dict",)
+) -> OrderedDict[str, torch.Tensor]:
     """The weights of a float checkpoint, named without the prefix that distributed training leaves.
+
+    With it come the versions of its modules, by which some of them know checkpoints that they have to convert.
 
     Args:
         content: what the file holds.
@@ -36,7 +41,14 @@ def float_state(content: Any, path: str | Path, places: Sequence[str] = ("state_
     broken = [key for key, value in content.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise BadInputError(f"checkpoint {path}: weights {broken[0]!r} hold NaN or infinity ({len(broken)} such)")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    state = OrderedDict((_without_wrapper(key), value) for key, value in content.items())
+    if hasattr(content, "_metadata"):
+        state._metadata = OrderedDict((_without_wrapper(name), kept) for name, kept in content._metadata.items())
+    return state
+
+
+def _without_wrapper(name: str) -> str:
+    return "" if name == "module" else name.removeprefix("module.")
 
 
 def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
@@ -48,10 +60,11 @@ def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
     checkpoint = safe_load(path)
     own = model.state_dict()
     # early versions of mmengine saved what the preprocessor has from the config, which is what counts in mmdet too
-    state = {k: v for k, v in float_state(checkpoint, path).items() if k in own or not k.startswith(PREPROCESSOR)}
+    state = float_state(checkpoint, path)
+    for key in [key for key in state if key.startswith(PREPROCESSOR) and key not in own]:
+        del state[key]
     _refuse_other_architecture(model, state, path)
-    state_dict = type(own)(state)  # mmengine sets an attribute, which a plain dict has not
-    load_state_dict(model, state_dict, strict=False)
+    load_state_dict(model, state, strict=False)
     return (checkpoint.get("meta") or {}) if "state_dict" in checkpoint else {}
 
 
@@ -67,8 +80,10 @@ def _refuse_other_architecture(model: nn.Module, state: dict[str, torch.Tensor],
     ]
     for what, found in (("lacks", missing), ("has other shapes:", shapes), ("holds unknown", extra)):
         if found:
+            foreign = "backbone.patch_embed.proj.weight" in state  # as Swin's authors and mmdet 2 name it
+            remedy = "; if it is Microsoft's or of mmdet 2, convert it first: tools/convert_checkpoint.py" * foreign
             raise BadInputError(
-                f"checkpoint {path} is of another architecture than the config: it {what} {listed(found)}"
+                f"checkpoint {path} is of another architecture than the config: it {what} {listed(found)}{remedy}"
             )
 
 

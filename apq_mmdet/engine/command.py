@@ -159,6 +159,8 @@ def build_config(args: argparse.Namespace) -> Config:
 def choose_device(device: str | None) -> None:
     """Make mmengine's Runner use ``device``; None leaves it mmengine's choice, CUDA where there is one."""
     if device is None:
+        if get_device() == "mps":  # which has no float64
+            mmengine.device.utils.DEVICE = "cpu"
         return
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise BadInputError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
@@ -178,9 +180,11 @@ def prepare_launcher(cfg: Config) -> None:
     devices.
 
     Raises:
-        BadInputError: the process was not started by the launcher.
+        BadInputError: the process was not started by the launcher, or by one that was not named.
     """
     if cfg.launcher == "none":
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise BadInputError("one of several processes that torchrun has started: add --launcher pytorch")
         return
     names = LAUNCHER_VARIABLES[cfg.launcher]
     missing = [name for name in names if name not in os.environ]

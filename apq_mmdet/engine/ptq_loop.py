@@ -1,6 +1,5 @@
 """PTQLoop: a TestLoop that calibrates the model, saves it, and then evaluates it."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from apq_mmdet.datasets.calibration import (
     CalibrationImages,
     calibration_from_config,
     calibration_from_folder,
+    only_local,
     test_pipeline,
 )
 from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
@@ -70,6 +70,7 @@ class PTQLoop(TestLoop):
         self.seed, self.evaluate, self.eval_float = seed, evaluate, eval_float
         self.checkpoint, self.memory_budget, self.dry_run = checkpoint, memory_budget, dry_run
         self.allow_overlap, self.seen = allow_overlap, 0
+        standalone_config(runner.cfg, [])  # whatever cannot be written is told now
         self.float_meta = load_float_weights(self.model, checkpoint)
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
@@ -91,9 +92,10 @@ class PTQLoop(TestLoop):
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
         try:
             super().__init__(runner, dataloader, evaluator, fp16)
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, ImportError) as error:
+        except Exception as error:  # annotations can be wrong in any way
             raise BadInputError(
-                f"the evaluation data cannot be read: {error}; use --no-eval to quantize without measuring AP"
+                f"the evaluation data cannot be read: {type(error).__name__}: {error}; use --no-eval to quantize "
+                f"without measuring AP"
             ) from error
 
     def _calibration_images(self, runner: Runner, num: int, folder: str | None) -> CalibrationImages:
@@ -107,7 +109,7 @@ class PTQLoop(TestLoop):
             evaluated = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
             missing = next((p for p in evaluated if not Path(p).is_file()), None)
             if missing:
-                raise BadInputError(f"evaluation image {missing} does not exist")
+                raise BadInputError(f"evaluation image {missing} does not exist{only_local(missing)}")
             try:
                 self.seen = images.overlap(evaluated, self.allow_overlap)
             except BadInputError as error:

@@ -1,22 +1,25 @@
 """Configs: the overlay that turns a float config into a quantization run, and the stand-alone config it leaves."""
 
+import ast
 import copy
 import itertools
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import mmengine.registry
+from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import HOOKS
+from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.registry import Registry
 
 from apq_mmdet.checks import refuse_unknown
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.models.detectors import register_quantized_detectors
-from apq_mmdet.registry import MODELS, SCOPE, class_name
+from apq_mmdet.models.detectors import QuantizedDetector, register_quantized_detectors
+from apq_mmdet.registry import SCOPE, class_name
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
@@ -91,23 +94,31 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
         found = read_recipe(recipe or DEFAULT_RECIPE)
         quant = {**found.quant.to_dict(), **{key: own[key] for key in KEPT if key in (own or {})}}
         _import_too(cfg, found.get("custom_imports"))
-    name = class_name(cfg.model.type)
-    register_quantized_detectors()  # those of the config's own custom_imports too
-    if MODELS.get(f"{SCOPE}.{name}") is None:
-        raise BadInputError(f"model type {cfg.model.type!r} is no detector of mmdet")
-    cfg.model.type = f"{SCOPE}.{name}"
+    cfg.model.type = _quantized_type(cfg.model.type)
     cfg.model.quant = {**quant, **settings}
     # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
     cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if not _averages_weights(hook)]
     for name, hook in list((cfg.get("default_hooks") or {}).items()):
         if hook and _averages_weights(hook):
             del cfg.default_hooks[name]
-    for evaluator in _evaluators(cfg):
+    for evaluator in _metrics(cfg.get("test_evaluator")):
         # mmdet finds the later ones of them by their place, which holds for three numbers of proposals only
         usual = len(evaluator.get("proposal_nums", COCO_PROPOSALS)) == len(COCO_PROPOSALS)
-        if class_name(evaluator["type"]) == "CocoMetric" and not evaluator.get("metric_items") and usual:
+        if class_name(evaluator.get("type", "")) == "CocoMetric" and not evaluator.get("metric_items") and usual:
             evaluator["metric_items"] = list(COCO_ITEMS)
     return cfg
+
+
+def _quantized_type(kind: str) -> str:
+    """The type of the quantized variant: by the name in mmdet's registry, or by the path of a class that it has not."""
+    register_quantized_detectors()  # those of the config's own custom_imports too
+    name, found = class_name(kind), MMDET_MODELS.get(kind)
+    if not (isinstance(found, type) and issubclass(found, BaseDetector)):
+        raise BadInputError(f"model type {kind!r} is no detector of mmdet")
+    if issubclass(found, QuantizedDetector):
+        return f"{SCOPE}.{kind.removeprefix(f'{SCOPE}.')}"
+    known = MMDET_MODELS.module_dict.get(name) is found
+    return f"{SCOPE}.{name}" if known else f"{SCOPE}.{found.__module__}.{found.__qualname__}"
 
 
 def _averages_weights(hook: dict[str, Any]) -> bool:
@@ -188,9 +199,11 @@ def _prefixed(rules: dict[str, Any]) -> dict[str, Any]:
     return rules
 
 
-def _evaluators(cfg: Config) -> list[ConfigDict]:
-    evaluator = cfg.get("test_evaluator") or []
-    return [evaluator] if isinstance(evaluator, dict) else list(evaluator)
+def _metrics(evaluator: Any) -> list[ConfigDict]:
+    """The metrics of a ``test_evaluator``: one, several, or those of an Evaluator."""
+    if isinstance(evaluator, dict):
+        return _metrics(evaluator["metrics"]) if "metrics" in evaluator else [evaluator]
+    return [metric for part in evaluator or [] for metric in _metrics(part)]
 
 
 def with_ptq_loop(cfg: Config, **loop: Any) -> Config:
@@ -206,14 +219,50 @@ def _test_loop(cfg: Config, kind: str, **loop: Any) -> dict[str, Any]:
     return dict(type=kind, **fp16, **loop)
 
 
+def _writable(cfg: Config) -> Config:
+    """A copy of values that mean the same in a file: paths as text, without what only helped to write the config."""
+    kept: dict[str, Any] = {}
+    for key, value in cfg.to_dict().items():
+        kept[key] = _map_values(value, lambda leaf: str(leaf) if isinstance(leaf, PurePath) else leaf)
+        strange = next((leaf for leaf in _leaves(kept[key]) if not _is_literal(leaf[1])), None)
+        if strange and not strange[0]:  # of no use to a Runner, which reads containers and literals
+            del kept[key]
+        elif strange:
+            raise BadInputError(
+                f"config value {key}.{strange[0]} = {strange[1]!r} cannot be written into {CONFIG}, which mmdet's "
+                f"tools read: give a finite number, text, None or True"
+            )
+    return Config(kept)
+
+
+def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """(keys, value) of everything inside nested containers."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in parts:
+            yield from _leaves(inner, f"{where}.{key}".lstrip("."))
+    else:
+        yield where, value
+
+
+def _is_literal(value: Any) -> bool:
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False
+
+
 def standalone_config(cfg: Config, left_float: list[str]) -> Config:
     """The config to load the quantized checkpoint with, for mmdet's own tools.
 
     Args:
         cfg: the config of the quantization run.
         left_float: names of layers that saw no data and stay float; written down as overrides.
+
+    Raises:
+        BadInputError: a value that cannot be written into a file, such as an infinite number.
     """
-    cfg = copy.deepcopy(cfg)
+    cfg = _writable(cfg)
     cfg.test_cfg = _test_loop(cfg, "TestLoop")
     cfg.load_from, cfg.resume = None, False
     cfg.launcher = "none"

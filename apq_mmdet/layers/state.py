@@ -1,5 +1,6 @@
 """State of a quantized model: packed weight codes out, packed or float weights in, and nothing half-loaded."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,19 +39,22 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _own_state(model: nn.Module) -> dict[str, Tensor]:
+def _own_state(model: nn.Module) -> OrderedDict[str, Tensor]:
     """The state_dict without what hooks make of it: every tensor under the name of the module that holds it."""
-    state: dict[str, Tensor] = {}
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    state._metadata = OrderedDict()  # as torch's own state_dict has it
     for name, module in model.named_modules(remove_duplicate=False):
+        state._metadata[name] = {"version": module._version}
         module._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
     return state
 
 
 @torch.no_grad()
-def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def packed_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     """The state_dict of a calibrated model with quantized weights as densely packed integer codes.
 
-    The key ``X.weight`` of each layer whose weight is quantized becomes ``X.weight_codes`` (uint8).
+    The key ``X.weight`` of each layer whose weight is quantized becomes ``X.weight_codes`` (uint8). Tensors are copies,
+    on the CPU; one that has several names is one copy.
 
     Raises:
         CheckpointError: a quantizer is not calibrated.
@@ -59,13 +63,21 @@ def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     blank = _uncalibrated(own)
     if blank:
         raise CheckpointError(f"not calibrated: {listed(blank, 5, '; ')}")
-    state = {key: value.detach().cpu().contiguous() for key, value in own.items()}
+    packed: dict[QuantizedLayer, Tensor] = {}
     for name, layer in _weight_layers(model):
-        quantizer = layer.quantizers["weight"]
-        codes = quantizer.encode(layer.weight) - quantizer.code_min
-        del state[_join(name, "weight")]
-        state[_join(name, PACKED_SUFFIX)] = pack_codes(codes.cpu(), int(quantizer.bits))
-    return {key: value.clone() for key, value in state.items()}
+        if layer not in packed:
+            quantizer = layer.quantizers["weight"]
+            codes = quantizer.encode(layer.weight) - quantizer.code_min
+            packed[layer] = pack_codes(codes.cpu(), int(quantizer.bits))
+        del own[_join(name, "weight")]
+        own[_join(name, PACKED_SUFFIX)] = packed[layer]
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    for key, value in own.items():
+        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if place not in copies:
+            copies[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        own[key] = copies[place]
+    return own
 
 
 def install_state_hooks(model: nn.Module, device: torch.device) -> None:

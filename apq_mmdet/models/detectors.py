@@ -5,6 +5,7 @@ from typing import Any
 import mmdet.models.detectors  # noqa: F401  (registers the detectors)
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.utils import get_object_from_string
 
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.layers import LayerRow, quantize_model
@@ -42,12 +43,24 @@ def register_quantized_detectors() -> None:
     for name, cls in MMDET_MODELS.module_dict.items():
         if not (isinstance(cls, type) and issubclass(cls, BaseDetector)) or cls is BaseDetector:
             continue
-        known = MODELS.module_dict.get(name)
-        if known is None or (known.__module__ == __name__ and cls not in known.__bases__):  # none of a user's own
-            doc = f"mmdet's {name} with quantized layers; see QuantizedDetector."
-            quantized = type(name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
-            MODELS.register_module(name=name, module=quantized, force=True)
-            globals()[name] = quantized  # where pickle looks for it
+        _register(name, cls)
+
+
+def register_by_path(path: str) -> None:
+    """Register the quantized variant of a detector under the path of its class, if there is such a class."""
+    cls = get_object_from_string(path)
+    if isinstance(cls, type) and issubclass(cls, BaseDetector):
+        _register(path, cls)
+
+
+def _register(name: str, cls: type[BaseDetector]) -> None:
+    known = MODELS.module_dict.get(name)
+    if known is None or (known.__module__ == __name__ and cls not in known.__bases__):  # none of a user's own
+        doc = f"{name} with quantized layers; see QuantizedDetector."
+        own_name = name.replace(".", "_")
+        quantized = type(own_name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
+        MODELS.register_module(name=name, module=quantized, force=True)
+        globals()[own_name] = quantized  # where pickle looks for it
 
 
 register_quantized_detectors()

@@ -48,6 +48,7 @@ class FixedRois(NamedTuple):
     bbox: list[Tensor]
     mask: Tensor | None
     mask_labels: Tensor | None
+    sigmoid: bool = False  # whether each class has a score of its own, and the background none
 
 
 def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask:
@@ -70,19 +71,29 @@ def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask
     if scope == "detector":
         raise BadInputError(
             f"scope 'detector' knows how to run the heads of two-stage, dense one-stage (RetinaNet, ATSS, RTMDet), "
-            f"Deformable-DETR-like and mask-transformer detectors of mmdet, not of {type(model).__name__}; "
+            f"Deformable-DETR-like and mask-transformer detectors of mmdet, not those of this {_with_heads(model)}; "
             f"use scope 'backbone'"
         )
     return NeckTask()
 
 
+def _with_heads(model: nn.Module) -> str:
+    """A detector's class, and those of its heads."""
+    roi = getattr(model, "roi_head", None)
+    heads = [getattr(model, name, None) for name in ("rpn_head", "bbox_head", "panoptic_head", "semantic_head")]
+    known = dict.fromkeys(type(head).__name__ for head in (*heads, roi, *_box_heads(roi)) if head is not None)
+    return f"{type(model).__name__} ({', '.join(known)})"
+
+
 def _has_plain_heads(model: TwoStageDetector) -> bool:
     heads = type(getattr(model, "rpn_head", None)), type(getattr(model, "roi_head", None))
-    if heads not in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)):
+    if heads not in ((RPNHead, StandardRoIHead), (RPNHead, CascadeRoIHead)) or hasattr(model, "semantic_head"):
         return False
-    boxes = getattr(model.roi_head, "bbox_head", None)
-    boxes = boxes if isinstance(boxes, nn.ModuleList) else [boxes]
-    return all(isinstance(head, BBoxHead) and not isinstance(head, SABLHead) for head in boxes)  # SABL's has buckets
+    boxes = _box_heads(model.roi_head)
+    if not all(isinstance(head, BBoxHead) and not isinstance(head, SABLHead) for head in boxes):  # SABL's has buckets
+        return False
+    # Seesaw's scores of objectness are no class
+    return _has_sigmoid(model.roi_head) or not any(head.custom_cls_channels for head in boxes)
 
 
 def dense_loss(student: tuple, teacher: tuple) -> Tensor:
@@ -163,7 +174,7 @@ class TwoStageTask(CalibrationTask):
         rois = bbox2roi([get_box_tensor(proposals.bboxes)[:MAX_PROPOSALS]])
         stages, boxes = self._run_teacher_stages(model.roi_head, features, rois, metas[0])
         mask_rois, labels = self._mask_rois(model, boxes, stages, metas[0])
-        fixed = FixedRois(boxes, mask_rois, labels)
+        fixed = FixedRois(boxes, mask_rois, labels, _has_sigmoid(model.roi_head))
         masks = self._masks(model.roi_head, features, fixed)
         return (rpn, stages, masks), fixed
 
@@ -181,7 +192,7 @@ class TwoStageTask(CalibrationTask):
         terms = [dense_loss(student[0], teacher[0])]
         for (score, delta), (score_t, delta_t) in zip(student[1], teacher[1], strict=True):
             if score.numel():
-                terms.append(categorical_kl(score, score_t))
+                terms.append((bernoulli_kl if context.sigmoid else categorical_kl)(score, score_t))
             if delta is not None and delta.numel():
                 terms.append(F.l1_loss(delta, delta_t))
         for mask, mask_t in zip(student[2], teacher[2], strict=True):
@@ -198,7 +209,7 @@ class TwoStageTask(CalibrationTask):
             outputs.append(self._bbox(head, stage, features, boxes[-1]))
             if stage + 1 < number:
                 score, delta = outputs[-1]
-                label = score[:, :-1].argmax(1)
+                label = _foreground(head, score).argmax(1)
                 refined = head.bbox_head[stage].regress_by_class(boxes[-1][:, 1:], label, delta, meta)
                 boxes.append(torch.cat([boxes[-1][:, :1], get_box_tensor(refined)], 1))
         return outputs, boxes
@@ -221,7 +232,7 @@ class TwoStageTask(CalibrationTask):
         )[0]
         if len(found):
             return bbox2roi([get_box_tensor(found.bboxes)[:MAX_MASKS]]), found.labels[:MAX_MASKS]
-        foreground, label = score.softmax(1)[:, :-1].max(1)
+        foreground, label = _foreground(head, score).max(1)
         order = foreground.argsort(descending=True, stable=True)[:MAX_MASKS]
         return boxes[-1][order], label[order]
 
@@ -240,6 +251,21 @@ class TwoStageTask(CalibrationTask):
         if isinstance(head, CascadeRoIHead):
             return [head._mask_forward(s, features, fixed.mask)["mask_preds"] for s in range(head.num_stages)]
         return [head._mask_forward(features, fixed.mask)["mask_preds"]]
+
+
+def _box_heads(head: nn.Module) -> list[nn.Module]:
+    boxes = getattr(head, "bbox_head", None)
+    return list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
+
+
+def _has_sigmoid(head: nn.Module) -> bool:
+    """Whether the box heads have a yes or no for each class and no background, as V3Det's."""
+    return all(box.custom_cls_channels and getattr(box.loss_cls, "use_sigmoid", False) for box in _box_heads(head))
+
+
+def _foreground(head: nn.Module, score: Tensor) -> Tensor:
+    """Probabilities of the classes [n, K] from the scores of a box head."""
+    return score.sigmoid() if _has_sigmoid(head) else score.softmax(1)[:, :-1]
 
 
 def _of_label(masks: Tensor, labels: Tensor) -> Tensor:

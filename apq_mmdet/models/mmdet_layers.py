@@ -122,8 +122,19 @@ TRAINING_ONLY[DDQDETRHead] = lambda head: [
 ]
 
 
+CHECKPOINTING = ("with_cp", "use_checkpoint", "use_act_checkpoint", "grad_checkpointing")
+
+
 def disable_activation_checkpointing(model: nn.Module) -> None:
-    """Switch off ``with_cp``: it saves memory in training only, and autograd cannot look inside for gradients."""
+    """Switch off what saves memory in training only, because autograd cannot look inside for gradients.
+
+    Its switches are known by name; ``num_cp`` of transformer encoders has put fairscale's forward in the place of their
+    layers' own.
+    """
     for module in model.modules():
-        if getattr(module, "with_cp", False):
-            module.with_cp = False
+        for name in CHECKPOINTING:
+            if getattr(module, name, False) is True:
+                setattr(module, name, False)
+        patched = getattr(vars(module).get("forward"), "func", None)
+        if getattr(patched, "__name__", "") == "_checkpointed_forward":
+            del module.forward

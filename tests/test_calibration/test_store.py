@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from apq_mmdet.calibration.store import CaptureStore, TensorStore
+from apq_mmdet.errors import CalibrationError
 
 
 def tree(value):
@@ -58,3 +60,15 @@ def test_what_is_kept_anew_takes_the_place_of_what_was(tmp_path):
         assert not list(tmp_path.glob("apq_capture_*/*"))
         store.put("key", {"a": torch.full((1000,), 3.0)})
         assert store.get("key")["a"].unique().tolist() == [3.0]
+
+
+def test_a_full_disk_is_told_with_its_place(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unexpected pos 576 vs 534")  # what torch's writer says
+
+    monkeypatch.setattr(torch, "save", fail)
+    with (
+        TensorStore(tmp_path) as store,
+        pytest.raises(CalibrationError, match=r"written to .*apq_capture.* MiB are free"),
+    ):
+        store.put("key", tree(1.0))

@@ -61,3 +61,15 @@ def test_transforms_are_mmdets_whatever_was_built_before(cfg, scope):
     with DefaultScope.overwrite_default_scope("mmengine"):
         assert calibration_from_folder(cfg, folder, 1, 0)[0]["inputs"].shape[0] == 3
         assert len(calibration_from_config(cfg, 2, 0)) == 2
+
+
+def test_an_image_of_which_the_pipeline_makes_nothing_is_named(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    images = CalibrationImages([(0, str(tmp_path / "empty.png"))], [dict(type="LoadImageFromFile", ignore_empty=True)])
+    with pytest.raises(BadInputError, match=r"empty\.png: the test pipeline makes nothing of it"):
+        images.check()
+
+
+def test_images_behind_a_file_backend_are_told_to_be_local():
+    with pytest.raises(BadInputError, match=r"s3://bucket/1\.png does not exist; images behind a file backend"):
+        CalibrationImages([(0, "s3://bucket/1.png")], []).check()

@@ -201,7 +201,7 @@ def test_detectors_whose_heads_cannot_be_run_refuse_scope_detector(config, tmp_p
     images = next(line for line in Path(config).read_text().split("'") if line.endswith("/data/"))
     args += ["--calib-dir", f"{images}train", "--num-calib", "1", "--scope", "detector"]
     assert command.main(args) == 2
-    assert "not of FCOS; use scope 'backbone'" in capsys.readouterr().err
+    assert "not those of this FCOS (FCOSHead); use scope 'backbone'" in capsys.readouterr().err
 
 
 def test_broken_config(tmp_path, capsys):

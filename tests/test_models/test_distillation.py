@@ -1,12 +1,22 @@
 """The losses of detectors with RPN and RoI heads, and what the float model chooses, against plain loops and mmdet."""
 
+import pytest
 import torch
 from helpers import ROOT
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmengine.config import Config
 
-from apq_mmdet.models.distillation import CONFIDENT, FixedRois, TwoStageTask, dense_loss
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.models.distillation import (
+    CONFIDENT,
+    FixedRois,
+    NeckTask,
+    TwoStageTask,
+    _foreground,
+    dense_loss,
+    detection_task,
+)
 
 ANCHORS, CLASSES = 2, 3
 
@@ -80,3 +90,38 @@ def test_boxes_of_a_cascade_are_refined_as_mmdet_does():
     assert torch.equal(boxes[-1], refined[0])
     assert torch.allclose(torch.stack([score for score, _ in outputs]).mean(0), scores[0])
     assert torch.equal(outputs[-1][1], deltas[0])
+
+
+def sigmoid_roi_head():
+    """A RoI head of a yes or no for each class, as of V3Det's detectors."""
+    cfg = Config.fromfile(ROOT / "configs/demo/mask-rcnn_swin-demo.py")
+    cfg.model.roi_head.bbox_head.loss_cls = dict(type="CrossEntropyCustomLoss", use_sigmoid=True, num_classes=8)
+    return MODELS.build(cfg.model)
+
+
+def test_heads_of_a_yes_or_no_for_each_class():
+    """A shift of all logits is nothing to a softmax, and much to them; the last class is one too."""
+    model = sigmoid_roi_head()
+    assert isinstance(detection_task(model, "detector"), TwoStageTask)
+    rois = FixedRois([], None, None, sigmoid=True)
+    score = torch.randn(5, CLASSES)
+    student, teacher = (dense((4,)), [(score + 3, None)], []), (dense((4,)), [(score, None)], [])
+    want = float(dense_loss(student[0], teacher[0])) + sigmoid_kl(score + 3, score)
+    assert abs(float(TwoStageTask().loss(student, teacher, rois)) - want) < 1e-5
+    score[:, -1] = 9
+    assert _foreground(model.roi_head, score).argmax(1).tolist() == [CLASSES - 1] * 5
+
+
+def test_heads_that_score_more_than_classes_are_not_run():
+    cfg = Config.fromfile(ROOT / "configs/demo/mask-rcnn_swin-demo.py")
+    cfg.model.roi_head.bbox_head.loss_cls = dict(type="SeesawLoss", num_classes=8)
+    model = MODELS.build(cfg.model)
+    assert isinstance(detection_task(model), NeckTask)
+    with pytest.raises(BadInputError, match=r"not those of this MaskRCNN \(RPNHead, StandardRoIHead, Shared2FC"):
+        detection_task(model, "detector")
+
+
+def test_a_semantic_head_beside_the_others_is_not_run():
+    model = sigmoid_roi_head()
+    model.semantic_head = torch.nn.Identity()
+    assert isinstance(detection_task(model), NeckTask)
