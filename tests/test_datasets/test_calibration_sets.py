@@ -8,7 +8,13 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from apq_mmdet.datasets import write_demo_set
-from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder, choose, training_images
+from apq_mmdet.datasets.calibration import (
+    CalibrationImages,
+    calibration_from_config,
+    calibration_from_folder,
+    choose,
+    training_images,
+)
 from apq_mmdet.errors import BadInputError
 
 
