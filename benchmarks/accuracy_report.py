@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import ABLATIONS, BASE, DETECTORS, GROUNDS, NUM_CALIB, PLUS, SCOPES, TWO, Spec, base_of, label
+from accuracy_grid import ABLATIONS, BASE, DETECTORS, EIGHT, GROUNDS, NUM_CALIB, PLUS, SCOPES, TWO, Spec, base_of, label
 
 Row = dict[str, Any]
 TASKS = ("bbox", "segm")
@@ -327,8 +327,8 @@ def _val_sizes(rows: Sequence[Row]) -> list[int | None]:
 def _ablation_text() -> str:
     return (
         f"Single changes of `{BASE.recipe}`, {BASE.detector}, {BASE.ground}, scope `{BASE.scope}`, {BASE.bits}, "
-        f"{BASE.num_calib} images (the base), and of `{PLUS.recipe}` at {PLUS.bits} and {TWO.bits}. Where nothing is "
-        "said, one seed."
+        f"{BASE.num_calib} images (the base), of `{PLUS.recipe}` at {PLUS.bits} and {TWO.bits}, and of "
+        f"`{EIGHT.recipe}` at {EIGHT.bits}. Where nothing is said, one seed."
     )
 
 
