@@ -42,8 +42,11 @@ def check_target(path: Path) -> None:
 
 
 def plain(content: Any) -> Any:
-    """Nested containers as JSON gives them back; arrays and numbers of numpy and torch as lists and Python's own."""
-    return json.loads(json.dumps(content, default=_plain_value))
+    """Nested containers as JSON gives them back; arrays and numbers of numpy and torch as lists and Python's own.
+
+    NaN and infinity, which JSON does not know, are None.
+    """
+    return json.loads(json.dumps(content, default=_plain_value), parse_constant=lambda _: None)
 
 
 def _plain_value(value: Any) -> Any:
@@ -53,10 +56,8 @@ def _plain_value(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomic, indented JSON of what ``plain`` takes; null for NaN and infinity, which JSON does not know."""
-    text = json.dumps(content, default=_plain_value)
-    strict = json.loads(text, parse_constant=lambda _: None)
-    write_atomic(path, (json.dumps(strict, indent=1) + "\n").encode())
+    """Atomic, indented JSON of what ``plain`` makes of the content."""
+    write_atomic(path, (json.dumps(plain(content), indent=1) + "\n").encode())
 
 
 def tensor_bytes(content: Any) -> bytes:

@@ -6,13 +6,14 @@
     git clone https://github.com/hahnyuan/PTQ4ViT
     python benchmarks/official_formats.py --repq RepQ-ViT --adalog AdaLog --isvit IaS-ViT --ptq4vit PTQ4ViT
 
-This runs code of those folders; one that is not given is left out. Tensors are drawn from a seed: softmax maps, GELU
-outputs and normal weights. Where the official code has a value more than 2^k, or puts its codes together in another way
-than the paper says, the row tells what is compared.
+This runs code of those folders; what is known of one that is not given stays as it is. Tensors are drawn from a seed:
+softmax maps, GELU outputs and normal weights. Where the official code has a value more than 2^k, or puts its codes
+together in another way than the paper says, the row tells what is compared.
 """
 
 import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -165,7 +166,7 @@ def compared(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Compare what is given, print a line for each comparison, and keep them."""
-    args, result = parse_args(), {}
+    args, result = parse_args(), json.loads(OUT.read_text()) if OUT.exists() else {}
     for name, cases in CASES.items():
         folder = getattr(args, name)
         if folder is None:

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from mmdet.models.backbones import SwinTransformer
 from torch import distributed, nn
 from torch.multiprocessing import start_processes
 
 from apq_mmdet import models  # noqa: F401  (registers mmdet's layers)
 from apq_mmdet.calibration import Recipe
+from apq_mmdet.calibration.store import TensorStore
+from apq_mmdet.calibration.units import UnitCall, UnitCalls
 from apq_mmdet.engine.quantized_config import load_recipe
+from apq_mmdet.layers import quantized_layers, quantizers_of
+from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "demo" / "mask-rcnn_swin-demo.pth"
@@ -66,3 +71,23 @@ def in_processes(work: Callable[..., None], processes: int, *args: object) -> No
     """
     multiprocessing.set_forkserver_preload(["apq_mmdet.models"])
     start_processes(work, (processes, *args), nprocs=processes, start_method="forkserver")
+
+
+def observed(block: nn.Module, inputs: list[tuple]) -> list:
+    """Give the quantizers of a block min-max ranges from these inputs; the block's float outputs."""
+    with torch.no_grad(), quantizer_mode(quantizers_of(block), QuantizerMode.OBSERVE):
+        outputs = [block(*args) for args in inputs]
+    for _, layer in quantized_layers(block):
+        if "weight" in layer.quantizers:
+            layer.quantizers["weight"].observe(layer.weight)
+    for quantizer in quantizers_of(block):
+        quantizer.set_range_factor(1.0)
+    return outputs
+
+
+def as_calls(entries: list[UnitCall]) -> UnitCalls:
+    """What a block was called with, in memory."""
+    calls = UnitCalls(TensorStore(memory=2**30), "block")
+    for entry in entries:
+        calls.add(entry)
+    return calls

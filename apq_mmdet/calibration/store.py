@@ -63,10 +63,12 @@ class TensorStore:
         try:
             torch.save(tensors, path)
         except (OSError, RuntimeError) as error:  # torch's writer does not say that a disk is full
-            free = shutil.disk_usage(path.parent).free
+            where = "a folder that is gone"
+            if path.parent.exists():
+                where = f"a disk with {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free"
             raise CalibrationError(
-                f"captured activations cannot be written to {path}, where {free / 2**20:.0f} MiB are free ({error}): "
-                f"use a folder on a larger disk, fewer images, or more memory (--memory-budget)"
+                f"captured activations cannot be written to {path}, in {where} ({error}): use another folder, fewer "
+                f"images, or more memory (--memory-budget)"
             ) from error
 
     def get(self, key: Hashable) -> Any:

@@ -1,9 +1,11 @@
 """Finished blocks on disk, so that a killed calibration goes on where it stopped."""
 
+import errno
 import json
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -18,7 +20,13 @@ from apq_mmdet.files import plain, tensor_bytes, write_atomic, write_json
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
 CAPTURES = "apq_capture_*"  # folders of captured tensors, which a killed run leaves behind
-LOCK = ".lock"
+LOCK = ".lock"  # in the folder, held by the run that works in it
+FORMAT = 2  # of the files of blocks; runs do not go on with those of another
+_LOCKED: dict[Path, IO[str]] = {}  # by this process; closing a file would give its lock back
+
+
+def _described(run: dict[str, Any]) -> dict[str, Any]:
+    return plain({**run, "block_format": FORMAT})
 
 
 def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
@@ -40,7 +48,7 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
                 f"{folder} holds {foreign.name}, which is no block of a calibration: use another --work-dir"
             )
         return
-    run, kept = plain(run), json.loads((folder / DESCRIPTION).read_text())
+    run, kept = _described(run), json.loads((folder / DESCRIPTION).read_text())
     changed = [key for key in run if kept.get(key) != run[key]]
     if resume and changed:
         raise BadInputError(
@@ -53,6 +61,27 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
             f"{folder} holds {blocks} finished blocks of this very run: go on with --resume, or delete the folder to "
             f"start anew"
         )
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes out for as long as this one lives, though not for the processes that it forks.
+
+    A file system without locks is warned of, and used without.
+
+    Raises:
+        BadInputError: another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or folder.resolve() in _LOCKED:
+        return
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BadInputError(f"another run works in {folder}: wait for its end or use another --work-dir") from None
+        warnings.warn(f"{folder} cannot be locked ({error}): start no second run in it", stacklevel=2)
+    _LOCKED[folder.resolve()] = file
 
 
 class BlockStatesOnDisk:
@@ -68,28 +97,18 @@ class BlockStatesOnDisk:
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
+        if (folder / LOCK).exists():  # a run that goes on has more to say than what it has left so far
+            _lock(folder)
         check_folder(folder, run, resume)
         self.folder = folder
-        self._lock()
+        _lock(folder)
         for leftover in folder.glob(CAPTURES):
             shutil.rmtree(leftover, ignore_errors=True)
         if resume and (folder / DESCRIPTION).exists():
             return
         for path in (folder / DESCRIPTION, folder / FINISHED, *folder.glob("*.pth")):
             path.unlink(missing_ok=True)
-        write_json(folder / DESCRIPTION, plain(run))
-
-    def _lock(self) -> None:
-        """Keep other processes out for as long as this one lives, but not by what it forks."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._held = (self.folder / LOCK).open("w")
-        if fcntl is not None:
-            try:
-                fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInputError(
-                    f"another run works in {self.folder}: wait for its end or use another --work-dir"
-                ) from None
+        write_json(folder / DESCRIPTION, _described(run))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.pth"

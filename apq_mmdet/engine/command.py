@@ -183,7 +183,8 @@ def prepare_launcher(cfg: Config) -> None:
         BadInputError: the process was not started by the launcher, or by one that was not named.
     """
     if cfg.launcher == "none":
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        given = [os.environ.get(name, "") for name in LAUNCHER_VARIABLES["pytorch"]]
+        if all(map(str.isdigit, given)) and int(os.environ["WORLD_SIZE"]) > 1:
             raise BadInputError("one of several processes that torchrun has started: add --launcher pytorch")
         return
     names = LAUNCHER_VARIABLES[cfg.launcher]

@@ -34,9 +34,9 @@ def quantize_detector(
         settings: keys of ``quant`` that replace the recipe's: ``w_bits``, ``a_bits``, ``scope``, ``overrides``.
 
     Raises:
-        BadInputError: the model has no config or is quantized already; no images or none of that form; unknown recipe
-            or setting; heads that no task runs in scope 'detector'. No layer is quantized then, unless a grid of the
-            recipe holds no range factor that a format allows.
+        BadInputError: the model has no config, one that no file can hold, or is quantized already; no images or none
+            of that form; unknown recipe or setting; heads that no task runs in scope 'detector'. No layer is quantized
+            then, unless a grid of the recipe holds no range factor that a format allows.
         CalibrationError: a quantizer that saw no data, a zero or non-finite gradient; the model is of no use then.
     """
     if not hasattr(model, "cfg"):
@@ -51,6 +51,7 @@ def quantize_detector(
             f"the first one is a {type(images[0]).__name__}"
         )
     cfg = quantized_config(model.cfg, recipe, settings)
+    standalone_config(cfg, [])  # whatever cannot be written is told now
     parsed = Recipe.from_dict(cfg.model.quant)
     task = detection_task(model, parsed.policy.scope)
     disable_activation_checkpointing(model)

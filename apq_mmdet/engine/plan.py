@@ -1,4 +1,4 @@
-"""What a calibration would do and cost at most, from one image: counted operations and bytes, a measured rate.
+"""What a calibration would do and about cost, from one image: counted operations and bytes, a measured rate.
 
 Operations are those of matrix products, see counting.py.
 """

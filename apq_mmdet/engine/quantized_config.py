@@ -9,6 +9,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import mmengine.registry
+import numpy as np
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import HOOKS
 from mmdet.registry import MODELS as MMDET_MODELS
@@ -19,7 +20,7 @@ from mmengine.registry import Registry
 from apq_mmdet.checks import refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.detectors import QuantizedDetector, register_quantized_detectors
-from apq_mmdet.registry import SCOPE, class_name
+from apq_mmdet.registry import MODELS, SCOPE, class_name
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
@@ -112,12 +113,18 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
 def _quantized_type(kind: str) -> str:
     """The type of the quantized variant: by the name in mmdet's registry, or by the path of a class that it has not."""
     register_quantized_detectors()  # those of the config's own custom_imports too
-    name, found = class_name(kind), MMDET_MODELS.get(kind)
+    name = class_name(kind)
+    try:
+        found = MMDET_MODELS.get(kind) or MODELS.get(f"{SCOPE}.{name}")
+    except Exception as error:  # a path is imported, and code can fail in any way
+        raise BadInputError(f"model type {kind!r} cannot be imported: {error.__context__ or error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseDetector)):
         raise BadInputError(f"model type {kind!r} is no detector of mmdet")
     if issubclass(found, QuantizedDetector):
         return f"{SCOPE}.{kind.removeprefix(f'{SCOPE}.')}"
-    known = MMDET_MODELS.module_dict.get(name) is found
+    # a path also says what to import, which the name of a class elsewhere does not
+    named = kind in (name, f"mmdet.{name}") or found.__module__.partition(".")[0] in KNOWN_PACKAGES
+    known = named and MMDET_MODELS.module_dict.get(name) is found
     return f"{SCOPE}.{name}" if known else f"{SCOPE}.{found.__module__}.{found.__qualname__}"
 
 
@@ -223,7 +230,7 @@ def _writable(cfg: Config) -> Config:
     """A copy of values that mean the same in a file: paths as text, without what only helped to write the config."""
     kept: dict[str, Any] = {}
     for key, value in cfg.to_dict().items():
-        kept[key] = _map_values(value, lambda leaf: str(leaf) if isinstance(leaf, PurePath) else leaf)
+        kept[key] = _map_values(value, _as_literal)
         strange = next((leaf for leaf in _leaves(kept[key]) if not _is_literal(leaf[1])), None)
         if strange and not strange[0]:  # of no use to a Runner, which reads containers and literals
             del kept[key]
@@ -233,6 +240,15 @@ def _writable(cfg: Config) -> Config:
                 f"tools read: give a finite number, text, None or True"
             )
     return Config(kept)
+
+
+def _as_literal(value: Any) -> Any:
+    """The text of a path, the list of a range, the number of a numpy scalar; all else as it is."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, range):
+        return list(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

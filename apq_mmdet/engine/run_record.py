@@ -24,10 +24,9 @@ def sha256_of(paths: Iterable[str | Path]) -> str:
 
 
 def calibration_conditions(images: Iterable[str | Path], device: str) -> dict[str, Any]:
-    """What else the bits of a calibration depend on: image files, code, device, threads, torch."""
+    """What else the bits of a calibration depend on: image files, device, threads, torch."""
     return {
         "calibration_images_sha256": sha256_of(images),
-        "code_sha256": sha256_of(sorted(Path(apq_mmdet.__file__).parent.rglob("*.py"))),
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -47,9 +47,14 @@ def register_quantized_detectors() -> None:
 
 
 def register_by_path(path: str) -> None:
-    """Register the quantized variant of a detector under the path of its class, if there is such a class."""
-    cls = get_object_from_string(path)
-    if isinstance(cls, type) and issubclass(cls, BaseDetector):
+    """Register the quantized variant of a detector under the path of its class, if there is such a class.
+
+    mmdet's own have names; a class that is quantized already is its own variant.
+    """
+    cls = None if path.startswith("mmdet.") else get_object_from_string(path)
+    if isinstance(cls, type) and issubclass(cls, QuantizedDetector):
+        MODELS.register_module(name=path, module=cls, force=True)
+    elif isinstance(cls, type) and issubclass(cls, BaseDetector):
         _register(path, cls)
 
 
@@ -60,7 +65,7 @@ def _register(name: str, cls: type[BaseDetector]) -> None:
         own_name = name.replace(".", "_")
         quantized = type(own_name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})
         MODELS.register_module(name=name, module=quantized, force=True)
-        globals()[own_name] = quantized  # where pickle looks for it
+        globals()[own_name] = quantized  # where pickle looks for it, in processes that have registered it
 
 
 register_quantized_detectors()

@@ -18,8 +18,8 @@ def _ap(metrics: dict[str, float] | None) -> str:
     """Box and mask AP in percent, or the first metrics of another evaluator."""
     if metrics is None:
         return "not measured"
-    if not metrics:  # what CocoMetric gives then
-        return "no detections"
+    if not metrics:  # what CocoMetric gives where nothing was detected
+        return "no metrics (nothing detected?)"
     aps = [(k.split("/")[-1].split("_")[0], v) for k, v in metrics.items() if k.endswith("_mAP")]
     if aps:
         return ", ".join(f"{name} AP {100 * value:.1f}" for name, value in aps)

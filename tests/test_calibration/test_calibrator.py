@@ -364,20 +364,6 @@ def test_a_kept_state_of_another_model_is_refused():
         calibrate(quantized_swin(settings), IMAGES[:1], settings, states=states)
 
 
-def test_an_eighth_of_the_budget_holds_what_is_captured(monkeypatch):
-    held = []
-
-    class Told(CaptureStore):
-        def __init__(self, parent, memory):
-            held.append(memory)
-            super().__init__(parent, memory)
-
-    monkeypatch.setattr("apq_mmdet.calibration.calibrator.CaptureStore", Told)
-    settings = recipe("minmax")
-    calibrate(quantized_swin(settings), IMAGES[:1], settings, memory_budget=8000)
-    assert held == [1000]
-
-
 def test_each_block_and_each_stage_of_it_draws_from_a_seed_of_its_own(monkeypatch):
     drawn = []
 

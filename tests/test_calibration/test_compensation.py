@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build_swin, recipe, short_grids
+from helpers import as_calls, build_swin, observed, recipe, short_grids
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
@@ -18,33 +18,12 @@ from apq_mmdet.calibration.compensation import (
     spread_rounding,
 )
 from apq_mmdet.calibration.search import search_block
-from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units, unit_module
+from apq_mmdet.calibration.units import UnitCall, to_units, unit_module
 from apq_mmdet.errors import CalibrationError
-from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers, quantizers_of
-from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
 
 EXACT = dict(w_bits=8, a_bits=2)  # weights so fine that nearly only the ridge regression shows
 TINY = 1e-9  # as a damping: as good as none
-
-
-def as_calls(entries):
-    calls = UnitCalls(TensorStore(memory=2**30), "block")
-    for entry in entries:
-        calls.add(entry)
-    return calls
-
-
-def observed(block, inputs):
-    """Min-max ranges from these inputs; the block's float outputs."""
-    with torch.no_grad(), quantizer_mode(quantizers_of(block), QuantizerMode.OBSERVE):
-        outputs = [block(*args) for args in inputs]
-    for _, layer in quantized_layers(block):
-        if "weight" in layer.quantizers:
-            layer.quantizers["weight"].observe(layer.weight)
-    for quantizer in quantizers_of(block):
-        quantizer.set_range_factor(1.0)
-    return outputs
 
 
 def prepared(block, inputs, bits=None, formats=None, grads=None, floats=None):

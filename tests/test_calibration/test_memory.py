@@ -8,6 +8,7 @@ from helpers import build_swin, recipe, short_grids
 from apq_mmdet.calibration import FeatureTask, calibrate, calibrator, importance, memory
 from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.memory import peak_memory, release_freed
+from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.layers import quantize_model
 
 
@@ -41,6 +42,21 @@ def test_calibration_releases_after_every_image_of_both_passes_and_every_block(m
     calibrate(model, [torch.randn(1, 3, 33, 64) for _ in range(3)], settings, FeatureTask())
     blocks = len(partition(model))
     assert released == [calibrator.__name__] * 3 + [importance.__name__] * 3 + [calibrator.__name__] * blocks
+
+
+def test_an_eighth_of_the_budget_holds_what_is_captured(monkeypatch):
+    held = []
+
+    class Told(CaptureStore):
+        def __init__(self, parent, memory):
+            held.append(memory)
+            super().__init__(parent, memory)
+
+    monkeypatch.setattr(calibrator, "CaptureStore", Told)
+    model, settings = build_swin(), recipe("minmax")
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(1, 3, 33, 64)], settings, memory_budget=8000)
+    assert held == [1000]
 
 
 def test_where_the_system_does_not_tell_the_peak_there_is_none(monkeypatch):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import build_swin, in_processes, process_group, recipe
+from helpers import as_calls, build_swin, in_processes, observed, process_group, recipe
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
@@ -15,34 +15,13 @@ from apq_mmdet.calibration.reconstruction import (
     reconstruct,
     worth_reconstructing,
 )
-from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import UnitCall, UnitCalls, to_units, unit_module
+from apq_mmdet.calibration.units import UnitCall, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
-from apq_mmdet.quantizers import AffineQuantizer, QuantizerMode, quantizer_mode
+from apq_mmdet.quantizers import AffineQuantizer, QuantizerMode
 
 QUICK = ReconstructionConfig(iterations=150, batch=16, rounding_lr=0.02, step_lr=0.003)
 SHORT = replace(QUICK, iterations=60)
-
-
-def observed(block, inputs):
-    """Quantize a block's layers at 3 bits with min-max ranges; its float outputs for these inputs."""
-    outputs = []
-    with torch.no_grad(), quantizer_mode(quantizers_of(block), QuantizerMode.OBSERVE):
-        outputs = [block(*args) for args in inputs]
-    for _, layer in quantized_layers(block):
-        if "weight" in layer.quantizers:
-            layer.quantizers["weight"].observe(layer.weight)
-    for quantizer in quantizers_of(block):
-        quantizer.set_range_factor(1.0)
-    return outputs
-
-
-def as_calls(entries):
-    calls = UnitCalls(TensorStore(memory=2**30), "block")
-    for entry in entries:
-        calls.add(entry)
-    return calls
 
 
 def plain(layer, inputs):

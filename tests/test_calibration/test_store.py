@@ -69,6 +69,6 @@ def test_a_full_disk_is_told_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
     with (
         TensorStore(tmp_path) as store,
-        pytest.raises(CalibrationError, match=r"written to .*apq_capture.* MiB are free"),
+        pytest.raises(CalibrationError, match=r"written to .*apq_capture.* in a disk with .* MiB free"),
     ):
         store.put("key", tree(1.0))

@@ -1,5 +1,6 @@
 """The folder of finished blocks: nothing in it is lost that its owner wants to keep."""
 
+import errno
 import itertools
 import json
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import apq_mmdet
 from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
 from apq_mmdet.engine.run_record import calibration_conditions
 from apq_mmdet.errors import BadInputError
@@ -51,7 +51,7 @@ def test_a_finished_run_can_be_repeated_and_resumed(tmp_path):
     with_a_block(tmp_path).finish()
     assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
     assert BlockStatesOnDisk(tmp_path, RUN, resume=False).load("stages.0") is None
-    assert names(tmp_path) == {"run.json"}
+    assert names(tmp_path) == {".lock", "run.json"}
 
 
 def test_another_run_starts_anew_and_deletes_only_what_is_its_own(tmp_path):
@@ -62,25 +62,36 @@ def test_another_run_starts_anew_and_deletes_only_what_is_its_own(tmp_path):
     with pytest.raises(BadInputError, match="belongs to another run, it differs in seed"):
         BlockStatesOnDisk(tmp_path, other, resume=True)
     BlockStatesOnDisk(tmp_path, other, resume=False)
-    assert names(tmp_path) == {"run.json", "notes.txt"}
+    assert names(tmp_path) == {".lock", "run.json", "notes.txt"}
     assert json.loads((tmp_path / "run.json").read_text()) == other
 
 
-def test_what_a_calibration_depends_on(tmp_path, monkeypatch):
-    """Another byte of an image or of the code, another device or number of threads are other conditions."""
-    image, package = tmp_path / "image.png", tmp_path / "package"
+def test_what_a_calibration_depends_on(tmp_path):
+    """Another byte of an image, another device or number of threads are other conditions."""
+    image = tmp_path / "image.png"
     image.write_bytes(b"pixels")
-    package.mkdir()
-    (package / "__init__.py").write_text("old")
-    monkeypatch.setattr(apq_mmdet, "__file__", str(package / "__init__.py"))
     seen = [calibration_conditions([image], "cpu")]
     assert seen[0] == calibration_conditions([image], "cpu")
     image.write_bytes(b"pixelz")
-    seen.append(calibration_conditions([image], "cpu"))
-    (package / "__init__.py").write_text("new")
     seen.append(calibration_conditions([image], "cpu"))
     seen.append(calibration_conditions([image], "cuda"))
     torch.set_num_threads(2)
     seen.append(calibration_conditions([image], "cuda"))
     changed = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(seen)]
-    assert changed == [{"calibration_images_sha256"}, {"code_sha256"}, {"device"}, {"threads"}]
+    assert changed == [{"calibration_images_sha256"}, {"device"}, {"threads"}]
+
+
+def test_blocks_of_another_format_are_not_resumed(tmp_path, monkeypatch):
+    with_a_block(tmp_path)
+    monkeypatch.setattr("apq_mmdet.engine.block_states.FORMAT", 99)
+    with pytest.raises(BadInputError, match="differs in block_format"):
+        BlockStatesOnDisk(tmp_path, RUN, resume=True)
+
+
+def test_file_systems_without_locks_are_used_without(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("apq_mmdet.engine.block_states.fcntl.lockf", fail)
+    with pytest.warns(UserWarning, match="cannot be locked .*start no second run"):
+        BlockStatesOnDisk(tmp_path, RUN, resume=False)

@@ -31,9 +31,9 @@ from apq_mmdet.report import summary_line
 FLOAT = ROOT / "configs/demo/mask-rcnn_swin-demo.py"
 PACKAGE = """
 from mmdet.models.detectors import RetinaNet as Mmdets
-class RetinaNet(Mmdets):
-    own = True
-class Mine(Mmdets):
+from mmdet.registry import MODELS
+{decorator}
+class {name}(Mmdets):
     own = True
 """
 LAZY = """
@@ -45,11 +45,12 @@ model = dict(type=Detector, backbone=dict(type=SwinTransformer), bbox_head=head)
 """
 
 
-@pytest.mark.parametrize("name", ["RetinaNet", "Mine"])
+@pytest.mark.parametrize("name", ["RetinaNet", "Mine", "Registered"])
 def test_detectors_of_other_packages_stay_what_they_are(name, tmp_path, monkeypatch):
     """Under a name of mmdet's too, and without being registered."""
     package = f"package_of_{name.lower()}"
-    (tmp_path / f"{package}.py").write_text(PACKAGE)
+    decorator = "@MODELS.register_module()" if name == "Registered" else ""
+    (tmp_path / f"{package}.py").write_text(PACKAGE.format(name=name, decorator=decorator))
     (tmp_path / "lazy.py").write_text(LAZY.format(package=package, name=name))
     monkeypatch.syspath_prepend(str(tmp_path))
     made = quantized_config(read_config(str(tmp_path / "lazy.py")), "minmax", {}).model.type
@@ -124,12 +125,15 @@ def test_tensors_of_several_names_are_saved_once(tmp_path):
 def test_what_only_helped_to_write_a_config_is_left_out(tmp_path):
     (tmp_path / "helped.py").write_text(
         f"_base_ = '{FLOAT}'\nfrom pathlib import Path\nimport torch\nroot = Path('data')\nkind = torch.float16\n"
-        "train_dataloader = dict(dataset=dict(data_root=root / 'mine'))\n"
+        "import numpy as np\n"
+        "train_dataloader = dict(dataset=dict(data_root=root / 'mine'), batch_size=np.int64(3))\n"
+        "model = dict(backbone=dict(out_indices=range(4)))\n"
     )
     cfg = standalone_config(quantized_config(read_config(str(tmp_path / "helped.py")), "minmax", {}), [])
     (tmp_path / "left.py").write_text(cfg.pretty_text)
     again = Config.fromfile(tmp_path / "left.py")
     assert again.train_dataloader.dataset.data_root == "data/mine"
+    assert (again.train_dataloader.batch_size, list(again.model.backbone.out_indices)) == (3, [0, 1, 2, 3])
     assert "kind" not in again
 
 
@@ -174,6 +178,13 @@ def test_microsofts_checkpoints_are_pointed_to_the_converter(checkpoint, config,
     assert "convert it first: tools/convert_checkpoint.py" in capsys.readouterr().err
 
 
+def test_a_devices_floats_have_to_be_wide_enough(monkeypatch):
+    """mmengine would take Apple's mps, which has no float64, where it is not told another."""
+    monkeypatch.setattr("mmengine.device.utils.DEVICE", "mps")
+    command.choose_device(None)
+    assert command.get_device() == "cpu"
+
+
 def test_every_kind_of_activation_checkpointing_is_switched_off():
     def _checkpointed_forward(forward, x):
         raise AssertionError("run in a checkpoint")
@@ -197,7 +208,7 @@ def test_no_detections_are_told_from_no_measurement():
         calibration_seconds=0,
         seconds=0,
     )
-    assert "float not measured | quantized no detections" in summary_line(report)
+    assert "float not measured | quantized no metrics (nothing detected?)" in summary_line(report)
 
 
 def test_a_report_is_strict_json(tmp_path):
@@ -226,6 +237,7 @@ def test_two_runs_do_not_meet_in_a_work_dir(tmp_path):
 
 
 def test_processes_of_torchrun_without_a_launcher_are_refused(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert quantize(config, tmp_path) == 2
     assert "add --launcher pytorch" in capsys.readouterr().err
