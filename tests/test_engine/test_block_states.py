@@ -63,7 +63,7 @@ def test_another_run_starts_anew_and_deletes_only_what_is_its_own(tmp_path):
         BlockStatesOnDisk(tmp_path, other, resume=True)
     BlockStatesOnDisk(tmp_path, other, resume=False)
     assert names(tmp_path) == {".lock", "run.json", "notes.txt"}
-    assert json.loads((tmp_path / "run.json").read_text()) == other
+    assert json.loads((tmp_path / "run.json").read_text()).items() >= other.items()
 
 
 def test_what_a_calibration_depends_on(tmp_path):
