@@ -137,6 +137,22 @@ def test_a_full_shortlist_is_the_exact_form_and_the_module_metric_is_another():
     assert results["exact"] != results["module"]
 
 
+@pytest.mark.parametrize("eliminate", [0.0, 0.1])
+def test_a_probe_bounds_errors_only_where_nothing_is_dropped(eliminate, monkeypatch):
+    objective = dict(type="hessian", eliminate=eliminate, eliminate_by="error")
+    settings = recipe("apq", search=dict(grids=short_grids(12), rounds=1, objective=objective))
+    block, calls = prepared(0, settings)
+    bounded = []
+
+    def note(evaluate, expected, eliminate, masses, name, bounds, told):
+        bounded.append(bounds is not None)
+        return best_candidate(evaluate, expected, eliminate, masses, name, bounds, told)
+
+    monkeypatch.setattr("apq_mmdet.calibration.search.best_candidate", note)
+    search(block, calls, settings.search)
+    assert set(bounded) == {not eliminate}
+
+
 def test_a_shortlist_of_one_is_the_choice_at_the_layer():
     settings = recipe("apq", search=dict(grids=short_grids(), rounds=1, objective=dict(type="hessian", eliminate=0.0)))
     block, calls = prepared(0, settings)
