@@ -112,4 +112,6 @@ def test_panoptic_quality_needs_panopticapi(rows, folder):
     cfg = small_config(CONFIGS / rows["MaskFormer (panoptic)"].config, folder / "data")
     outcome = run(cfg, "backbone", folder / "panoptic")
     assert outcome.code == 2
-    assert re.search("evaluation data cannot be read: panopticapi is not installed.*--no-eval", outcome.message)
+    assert re.search(
+        "evaluation data cannot be read: ImportError: panopticapi is not installed.*--no-eval", outcome.message
+    )
