@@ -219,6 +219,12 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "damping 0.02": _changed("model.quant.compensation.damping", 0.02, PLUS),
         "codes not learned": _changed("model.quant.reconstruction.max_bits", 2, PLUS),
     },
+    "tokens of an image in apq_plus": {
+        "all, 3,136 at most": PLUS,
+        "1024": _changed(f"{_SEARCH}.tokens", 1024, PLUS),
+        "256": _changed(f"{_SEARCH}.tokens", 256, PLUS),
+        "49, a window": _changed(f"{_SEARCH}.tokens", 49, PLUS),
+    },
     "learned codes of apq_plus": {
         "straight through": TWO,
         "none": _changed("model.quant.reconstruction", None, TWO),

@@ -67,6 +67,7 @@ class BlockCall:
         args, kwargs: what the block was called with.
         outputs: the tensors of its float output.
         grads: importance of each output, mostly a gradient of the calibration loss (``importance.py``); same shapes.
+            None where nothing asks for it.
         image: index of the image.
         float_inputs: (args, kwargs) of the float model, where ``args`` are what quantized blocks give; else None.
     """
@@ -74,9 +75,13 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Tensor]
-    grads: list[Tensor]
+    grads: list[Tensor] | None
     image: int
     float_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+
+class SeenEnough(Exception):
+    """Raised by a hook where the rest of a forward is of no interest."""
 
 
 @contextlib.contextmanager

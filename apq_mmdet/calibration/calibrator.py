@@ -140,7 +140,9 @@ def calibrate(
             _take_observed_ranges(model)
             reports: list[BlockReport] = []
             if recipe.search is not None:
-                capture_gradients(model, blocks, samples, task, store, recipe.importance)
+                weighed = {name: block for name, block in blocks.items() if recipe.needs_gradients(name)}
+                if weighed:
+                    capture_gradients(model, weighed, samples, task, store, recipe.importance)
                 model.weights_changed_by_calibration = recipe.changes_weights
                 reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
     finally:
@@ -307,7 +309,7 @@ def _finish_one(
         if search.windows or search.rows:
             with float_only(block):
                 call = sample_call(block, call, search, seed)
-        calls.add(to_units(block, call))
+        calls.add(to_units(block, call).sampled(search.tokens))
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
     factors = search_block(module, calls, search.for_block(name), progress)

@@ -12,6 +12,7 @@ tokens, with weights of importance w:
 All but the last need two K x K matrices only, however many tokens there are.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.blocks import SeenEnough, tensors_of
 from apq_mmdet.calibration.distributed import by_shard
-from apq_mmdet.calibration.replay import execution_order
+from apq_mmdet.calibration.replay import fixed_weights, layer_runs
+from apq_mmdet.calibration.spread_rounding import nearest_codes, spread_rounding
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.checks import check_bool, check_dict, check_number, check_whole, refuse_unknown
 from apq_mmdet.errors import BadInputError, CalibrationError
@@ -134,10 +136,11 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
             quantizer.mode = mode
     gains: dict[str, float] = {}
     layers = dict(quantized_layers(module))
-    for name in execution_order(module, calls):
+    for name, runs in layer_runs(module, calls).items():
         if not is_compensated(layers[name]):
             continue
-        moments = _moments(module, reference, name, calls, config.weighted)
+        with fixed_weights(module):
+            moments = _moments(module, reference, name, runs, calls, config.weighted)
         if not all(bool(t.isfinite().all()) for t in vars(moments).values()):
             raise CalibrationError(f"compensation of layer {name!r}: its inputs or gradients are NaN or infinite")
         gains[name] = _compensate_layer(layers[name], moments, config)
@@ -155,12 +158,14 @@ def is_compensated(layer: QuantizedLayer) -> bool:
     return plain and "weight" in layer.quantizers and layer.depth <= MOST_INPUTS
 
 
-def _moments(module: nn.Module, reference: nn.Module, name: str, calls: UnitCalls, weighted: bool) -> Moments:
+def _moments(
+    module: nn.Module, reference: nn.Module, name: str, runs: int, calls: UnitCalls, weighted: bool
+) -> Moments:
     """Sums over all calls of all processes, in at least one of which the layer runs."""
 
     def of_shard(group: Iterator[Batch]) -> Moments | None:
         tiles = (tile for batch in group for _, _, tile in batch.tiles())
-        total = _total(part for tile in tiles for part in _tokens(module, reference, name, tile, weighted))
+        total = _total(part for tile in tiles for part in _tokens(module, reference, name, runs, tile, weighted))
         return None if total is None else _to(total, "cpu")
 
     total = _total(by_shard((shard, of_shard(group)) for shard, group in shards(calls)))
@@ -181,15 +186,17 @@ def _to(moments: Moments, device: torch.device | str) -> Moments:
     return Moments(*(t.to(device) for t in vars(moments).values()))
 
 
-def _tokens(module: nn.Module, reference: nn.Module, name: str, tile: UnitCall, weighted: bool) -> Iterator[Moments]:
+def _tokens(
+    module: nn.Module, reference: nn.Module, name: str, runs: int, tile: UnitCall, weighted: bool
+) -> Iterator[Moments]:
     """Moments of the tokens, some at a time, of each run of the layer in one call of the block."""
     layer = module.get_submodule(name)
     with torch.set_grad_enabled(weighted):
-        floats, outputs, rows = _watched(reference, reference.get_submodule(name), tile.of_float)
+        floats, outputs, rows = _watched(reference, reference.get_submodule(name), runs, tile.of_float)
         grads: tuple[Tensor | None, ...] = (None,) * len(outputs)
         if weighted and rows.requires_grad:
             grads = torch.autograd.grad(rows, outputs, tile.grads, allow_unused=True)
-    quantized, _, _ = _watched(module, layer, tile)
+    quantized, _, _ = _watched(module, layer, runs, tile)
     for x, x_quantized, grad in zip(floats, quantized, grads, strict=True):
         columns = _columns(layer, layer.divided_input(x.detach()))
         importance = columns.new_ones(len(columns))
@@ -200,8 +207,13 @@ def _tokens(module: nn.Module, reference: nn.Module, name: str, tile: UnitCall, 
         yield from map(Moments.of, *(t.split(TOKENS) for t in tensors))
 
 
-def _watched(module: nn.Module, layer: QuantizedLayer, tile: UnitCall) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Inputs and outputs of the layer in one call, and the block's output rows."""
+def _watched(
+    module: nn.Module, layer: QuantizedLayer, runs: int, tile: UnitCall
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Inputs and outputs of the layer in one call; where there are gradients, also the block's output rows.
+
+    Without gradients the block runs no further than to the end of so many ``runs`` of the layer.
+    """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -210,9 +222,12 @@ def _watched(module: nn.Module, layer: QuantizedLayer, tile: UnitCall) -> tuple[
             output = output.requires_grad_()
         inputs.append(args[0])
         outputs.append(output)
+        if len(inputs) == runs and not torch.is_grad_enabled():
+            raise SeenEnough
         return output.clone()  # what follows may modify it in place
 
-    with layer.register_forward_hook(hook):
+    rows = None
+    with contextlib.suppress(SeenEnough), layer.register_forward_hook(hook):
         rows = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
     return inputs, outputs, rows
 
@@ -253,7 +268,7 @@ def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: Compensat
     if config.rounding:
         shifted = spread_rounding(wanted, hessian, scale, low, high)
     else:
-        shifted = _nearest(wanted, scale, low, high)
+        shifted = nearest_codes(wanted, scale, low, high)
     codes = shifted.to(torch.int32).view_as(layer.weight)
     codes = codes + quantizer.per_element(quantizer.zero_point, layer.weight)
     layer.weight.copy_(quantizer.decode(codes))
@@ -279,49 +294,18 @@ def _bounds(quantizer: Quantizer, layer: QuantizedLayer) -> tuple[Tensor, Tensor
     return tuple(p.double().expand(len(layer.weight), 1) for p in rows)
 
 
-def _nearest(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Codes less the zero point; all broadcast against [N, K]."""
-    return torch.minimum(torch.maximum((weight / scale).round(), low), high)
-
-
 def _fit_ranges(quantizer: Quantizer, weight: Tensor, hessian: Tensor, layer: QuantizedLayer, number: int) -> None:
     """Step 2: the range factor of each group that makes (W - Q) H (W - Q)^T least."""
     quantizer.observed = None
     quantizer.observe(weight.to(layer.weight.dtype).view_as(layer.weight))
     found: list[tuple[Tensor, ...]] = []
     errors = []
+    hessian = hessian.float()  # a millionth of an error, which ties alone notice, for half of the time
     for factor in torch.linspace(FIRST_FACTOR, LAST_FACTOR, number).tolist():
         found.append(quantizer.parameters_for(*quantizer.observed, factor))
         quantizer.set_parameters(*found[-1])
         scale, low, high = _bounds(quantizer, layer)
-        gap = _nearest(weight, scale, low, high) * scale - weight  # [N, K]
+        gap = (nearest_codes(weight, scale, low, high) * scale - weight).float()  # [N, K]
         errors.append(((gap @ hessian) * gap).sum(1).view(quantizer.groups, -1).sum(1))  # [G]
     best = torch.stack(errors).argmin(0, keepdim=True)  # [1, G]
     quantizer.set_parameters(*(torch.stack(column).gather(0, best)[0] for column in zip(*found, strict=True)))
-
-
-def spread_rounding(weight: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Step 3: codes less the zero point, [N, K], that make (W - Q) H (W - Q)^T small.
-
-    Columns are rounded in falling order of H's diagonal. What rounding a column costs is made up for by the columns
-    that are still free, in closed form: with U the upper Cholesky factor of H^-1, the error of column j over U[j, j]
-    times row j of U is taken off them.
-
-    Args:
-        weight: [N, K], float64.
-        hessian: [K, K], positive definite.
-        scale, low, high: step, lowest and highest code less the zero point, [N, 1].
-    """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    left = weight[:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    codes = torch.empty_like(left)
-    for j in range(left.shape[1]):
-        column = left[:, j : j + 1]
-        codes[:, j : j + 1] = _nearest(column, scale, low, high)
-        error = (column - codes[:, j : j + 1] * scale) / upper[j, j]
-        left[:, j + 1 :].addmm_(error, upper[j : j + 1, j + 1 :], alpha=-1)
-    result = torch.empty_like(codes)
-    result[:, order] = codes
-    return result

@@ -94,9 +94,10 @@ def capture_gradients(
     store: CaptureStore,
     importance: str = "disturbed",
 ) -> None:
-    """Disturbed passes with their backwards for each image; the importance of all block outputs goes to ``store``.
+    """Disturbed passes with their backwards for each image; the importance of block outputs goes to ``store``.
 
     Args:
+        blocks: those whose outputs' importance is wanted, by name; a backward goes no further than these.
         store: holds (outputs, context) of each sample from the float pass, and takes the gradients.
         importance: a key of ``IMPORTANCES``.
 
@@ -106,7 +107,8 @@ def capture_gradients(
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    seen: dict[str, bool] = dict.fromkeys(store.blocks, False)
+    captured = [name for name in store.blocks if name in blocks]
+    seen: dict[str, bool] = dict.fromkeys(captured, False)
     try:
         for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_first()):
             teacher, context = store.get(("teacher", image))
@@ -123,7 +125,7 @@ def capture_gradients(
             parameter.requires_grad_(True)
     loud = {name for part in gather(seen) for name, found in part.items() if found}
     # a block whose layers were all left float has no errors
-    silent = [n for part in gather(store.blocks) for n in part if n not in loud and quantizers_of(blocks[n])]
+    silent = [n for part in gather(captured) for n in part if n not in loud and quantizers_of(blocks[n])]
     if silent:
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "

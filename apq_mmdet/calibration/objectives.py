@@ -25,10 +25,11 @@ class Objective(ABC):
         eliminate_by: rank by |e| ('error'), |g| ('gradient') or |g e| ('weighted').
 
     Attributes:
-        uses_gradients: whether elements of small gradient cost little.
+        uses_gradients: whether elements of small gradient cost little. Where no cost looks at gradients, there are
+            none.
     """
 
-    uses_gradients = False
+    uses_gradients = True
 
     def __init__(self, eliminate: float = 0.0, eliminate_by: str = "error") -> None:
         if not 0.0 <= eliminate < 1.0:
@@ -38,14 +39,15 @@ class Objective(ABC):
         self.eliminate = eliminate
         self.eliminate_by = eliminate_by
 
-    def __call__(self, error: Tensor, grad: Tensor, target: Tensor, dropped: int) -> Tensor:
+    def __call__(self, error: Tensor, grad: Tensor | None, target: Tensor, dropped: int) -> Tensor:
         """Sum of the cost of all but the ``dropped`` elements of lowest rank, a float64 scalar.
 
         Given some elements of an image alone, but the number dropped from all of them, the result is no more than that
         of the whole image: the dropped elements are at worst all among those given.
 
         Args:
-            error, grad, target: [units, elements]; the output is ``target + error``.
+            error, grad, target: [units, elements]; the output is ``target + error``, and the error may be overwritten.
+                No gradient where ``needs_gradients`` is False.
             dropped: how many elements are left out; all if there are no more.
         """
         if dropped >= error.numel():
@@ -55,17 +57,23 @@ class Objective(ABC):
         # a unit's sum in float32, which is pairwise: torch sums millions of elements in float64 far more slowly
         return self.cost(error, grad, target).sum(-1).sum(dtype=torch.float64)
 
-    def _without_dropped(self, error: Tensor, grad: Tensor, dropped: int) -> Tensor:
+    def _without_dropped(self, error: Tensor, grad: Tensor | None, dropped: int) -> Tensor:
         """The error with zeros where an element is left out, [units, elements]."""
         if self.eliminate_by == "error" and error.device.type == "cpu":  # one pass, much faster than a mask
             below = np.nextafter(order_statistic(error.abs(), dropped).numpy(), np.float32(0))
             return F.hardshrink(error, float(below))  # zero where |e| <= below
-        rank = {"error": error, "gradient": grad, "weighted": grad * error}[self.eliminate_by].abs()
+        rank = error if self.eliminate_by == "error" else grad if self.eliminate_by == "gradient" else grad * error
+        rank = rank.abs()
         return error * (rank >= order_statistic(rank, dropped))
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it looks at gradients at all."""
+        return self.uses_gradients or bool(self.eliminate and self.eliminate_by != "error")
+
     @abstractmethod
-    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
-        """Non-negative cost of each element, a new tensor; all [units, elements]. Costs of whole units: [units, 1].
+    def cost(self, error: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
+        """Non-negative cost of each element, in place of the error; all [units, elements]. Of whole units: [units, 1].
 
         Zero where the error is zero, which is how elements are left out.
         """
@@ -96,20 +104,20 @@ def order_statistic(values: Tensor, index: int) -> Tensor:
 class HessianObjective(Objective):
     """``(g e)^2``: the diagonal Fisher approximation of the loss increase (PTQ4ViT, ECCV 2022)."""
 
-    uses_gradients = True
-
-    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
+    def cost(self, error: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
         """See the base class."""
-        return (error * grad).square_()
+        return error.mul_(grad).square_()
 
 
 @OBJECTIVES.register_module(name="mse")
 class SquaredErrorObjective(Objective):
     """``e^2``."""
 
-    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
+    uses_gradients = False
+
+    def cost(self, error: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
         """See the base class."""
-        return error.square()
+        return error.square_()
 
 
 @OBJECTIVES.register_module(name="cosine")
@@ -120,11 +128,13 @@ class CosineObjective(Objective):
         ValueError: elements are to be eliminated, of which a direction knows nothing.
     """
 
+    uses_gradients = False
+
     def __init__(self, eliminate: float = 0.0, eliminate_by: str = "error") -> None:
         super().__init__(eliminate, eliminate_by)
         if eliminate:
             raise ValueError(f"the cosine compares whole units: eliminate must be 0, got {eliminate!r}")
 
-    def cost(self, error: Tensor, grad: Tensor, target: Tensor) -> Tensor:
+    def cost(self, error: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
         """See the base class."""
         return (1 - torch.cosine_similarity(target + error, target, dim=1)).clamp_min_(0).unsqueeze(1)

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from apq_mmdet.calibration.blocks import SeenEnough
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.calibration.store import CaptureStore
-
-
-class _Reached(Exception):
-    """The wanted block has been called as often as in the float pass: what follows is of no interest."""
 
 
 class QuantizedInputs:
@@ -47,13 +44,13 @@ class QuantizedInputs:
 
             def see(_: nn.Module, args: tuple, kwargs: dict, inputs: list = inputs, number: int = number) -> None:
                 inputs.append((args, kwargs))
-                if len(inputs) == number:
-                    raise _Reached
+                if len(inputs) == number:  # as often as in the float pass
+                    raise SeenEnough
 
             if not number:
                 continue
             hook = self._blocks[name].register_forward_pre_hook(see, with_kwargs=True)
-            with hook, self._replayed(image), contextlib.suppress(_Reached):
+            with hook, self._replayed(image), contextlib.suppress(SeenEnough):
                 self._task.student(self._model, self._samples[image], self._store.get(("teacher", image))[1])
             for index, (args, kwargs) in enumerate(inputs):
                 self._store.replace_input(name, image, index, args, kwargs)

@@ -43,6 +43,8 @@ class SearchConfig:
         shortlist: 0 for the exact form; else only so many best candidates of the module metric are judged at the block.
         windows: 0 for all; else blocks of windowed attention are judged on a crop of windows x windows per image.
         rows: 0 for all; else heads are judged on at most so many RoIs per image.
+        tokens: 0 for all; else a call whose units (windows, patches) do not see each other is represented by some of
+            them, spread over the image, of at most so many output positions: in all that is done to its block.
     """
 
     metric: str = "block"
@@ -55,6 +57,7 @@ class SearchConfig:
     shortlist: int = 0
     windows: int = 0
     rows: int = 0
+    tokens: int = 0
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "SearchConfig":
@@ -64,7 +67,7 @@ class SearchConfig:
         for key, choices in (("metric", METRICS), ("order", ORDERS), ("block_input", BLOCK_INPUTS)):
             if key in config:
                 refuse_unknown([config[key]], choices, f"{where}.{key}")
-        for key, least in (("rounds", 1), ("shortlist", 0), ("windows", 0), ("rows", 0)):
+        for key, least in (("rounds", 1), ("shortlist", 0), ("windows", 0), ("rows", 0), ("tokens", 0)):
             check_whole(config.get(key, least), f"{where}.{key}", least)
         grids = check_dict(config.get("grids", {}), f"{where}.grids", "dict(Linear=(first, last, number), ...)")
         refuse_unknown(grids, (*KINDS, *ROLES), f"{where}.grids")
@@ -157,6 +160,16 @@ class Recipe:
     def changes_weights(self) -> bool:
         """Whether a finished block differs from the float one in more than its quantizers."""
         return self.compensation is not None or bool(self.reconstruction) or self.policy.output_compensation
+
+    def needs_gradients(self, block: str) -> bool:
+        """Whether anything that is done to a block of this name weighs errors by gradients."""
+        if self.search is None:
+            return False
+        return (
+            build_objective(self.search.for_block(block).objective).needs_gradients
+            or (self.compensation is not None and self.compensation.weighted)
+            or any(stage.needs_gradients for stage in self.reconstruction)
+        )
 
     @classmethod
     def from_dict(cls, quant: dict[str, Any]) -> "Recipe":

@@ -5,8 +5,7 @@ settings of it.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +23,7 @@ from apq_mmdet.calibration.learned import (
     trained_activations,
 )
 from apq_mmdet.calibration.minibatches import Minibatches
+from apq_mmdet.calibration.replay import fixed_weights
 from apq_mmdet.calibration.scoring import sum_by_image
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
 from apq_mmdet.checks import check_dict, check_number, check_whole, refuse_unknown
@@ -35,7 +35,7 @@ from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 CHECKED = 50  # iterations between two looks at the parameters
 
 
-def _squared(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def _squared(error: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
     return (error.square().sum(),)
 
 
@@ -52,6 +52,7 @@ def _fisher(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 # name -> sums of the loss' terms over units, from errors e and gradients g, [U, E] each. The terms count alike.
+# All but 'none' need gradients.
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "none": _squared,  # AdaRound, QDrop
     "hessian": _hessian,  # BRECQ, eq. 10: the diagonal of the empirical Fisher matrix
@@ -91,6 +92,11 @@ class ReconstructionConfig:
     rounding_lr: float = 1e-2
     step_lr: float = 2e-3
     rounding_weight: float = 0.01
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether errors are weighed by gradients."""
+        return self.weighting != "none"
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "ReconstructionConfig":
@@ -178,7 +184,7 @@ def reconstruct(
 def _mean_terms(module: nn.Module, calls: UnitCalls, weighting: str) -> Tensor:
     """The terms of the loss over all units of all processes, per unit, float64 [terms]."""
     columns = []
-    with _fixed_weights(module):
+    with fixed_weights(module):
         for batch in batches(calls):
             sums = sum(_terms(module, tile, weighting).double() for _, _, tile in batch.tiles())
             units = sums.new_tensor([len(batch.stacked.targets)])
@@ -211,7 +217,7 @@ def _train(
     minibatches = Minibatches(calls, config.batch, torch.Generator().manual_seed(seed), device)
     generator = torch.Generator(device).manual_seed(seed)
     balance = balance.to(device, torch.float32)
-    with _fixed_weights(module), trained_activations(module, config.keep_float, generator) as activations:
+    with fixed_weights(module), trained_activations(module, config.keep_float, generator) as activations:
         learned = _learned(module, activations, config)
         optimizer = torch.optim.Adam([{"params": [part.values], "lr": lr} for part, lr in learned])
         parts = [part for part, _ in learned]
@@ -283,19 +289,6 @@ def _not_finite(module: nn.Module, what: str) -> str:
 def _with_weight(module: nn.Module) -> list[QuantizedLayer]:
     """The layers whose weights are quantized."""
     return [layer for _, layer in quantized_layers(module) if "weight" in layer.quantizers]
-
-
-@contextmanager
-def _fixed_weights(module: nn.Module) -> Iterator[None]:
-    """Context in which weights are quantized once, not in every call."""
-    layers = _with_weight(module)
-    try:
-        for layer in layers:
-            layer.quantizers["weight"].fixed = layer.quantizers["weight"].fake_quantize(layer.weight)
-        yield
-    finally:
-        for layer in layers:
-            layer.quantizers["weight"].fixed = None
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:

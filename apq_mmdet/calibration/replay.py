@@ -1,13 +1,14 @@
-"""What a block's calibration needs besides its outputs: weights that stay, the order and the calls of its layers."""
+"""What a block's calibration needs besides its outputs: weights that stay, the runs and the calls of its layers."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import hooked, tensors_of
+from apq_mmdet.calibration.blocks import SeenEnough, hooked, tensors_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, rows_of
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
@@ -15,15 +16,15 @@ from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 
 @contextlib.contextmanager
-def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterator[None]:
-    """Context in which every quantized weight but the searched one is quantized once, not in each replay."""
+def fixed_weights(block: nn.Module, but: Quantizer | None = None) -> Iterator[None]:
+    """Context in which every quantized weight, but that of one quantizer, is quantized once and not in each call."""
     fixed: list[Quantizer] = []
     try:
         for _, layer in quantized_layers(block):
-            if "weight" not in layer.quantizers or (layer is target and role == "weight"):
+            if "weight" not in layer.quantizers:
                 continue
             quantizer = layer.quantizers["weight"]
-            if quantizer.mode is not QuantizerMode.FLOAT:
+            if quantizer is not but and quantizer.mode is not QuantizerMode.FLOAT:
                 quantizer.fixed = quantizer(layer.weight)
                 fixed.append(quantizer)
         yield
@@ -32,10 +33,14 @@ def fixed_weights(block: nn.Module, target: QuantizedLayer, role: str) -> Iterat
             quantizer.fixed = None
 
 
-def execution_order(block: nn.Module, calls: UnitCalls) -> list[str]:
-    """Names of the quantized layers that run in the first calls of all kinds of all processes, in their order."""
+def layer_runs(block: nn.Module, calls: UnitCalls) -> dict[str, int]:
+    """The quantized layers that run in the first calls of all kinds of all processes, in their order.
+
+    Returns:
+        By name, how often a layer runs in one of these calls at most.
+    """
     ran: list[str] = []
-    seen: list[tuple[int, str]] = []  # (image, layer)
+    seen: list[tuple[int, dict[str, int]]] = []  # (image, runs by layer)
     hooks = (
         layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
         for name, layer in quantized_layers(block)
@@ -44,34 +49,50 @@ def execution_order(block: nn.Module, calls: UnitCalls) -> list[str]:
         for call in calls.kinds():
             ran.clear()
             block(*call.args, **call.kwargs)
-            seen += ((call.image, name) for name in ran)
+            seen.append((call.image, dict(Counter(ran))))
+    runs: dict[str, int] = {}
     # in the order of the images, not of the processes
-    merged = sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0])
-    return list(dict.fromkeys(name for _, name in merged))
+    for _, counts in sorted((pair for part in gather(seen) for pair in part), key=lambda pair: pair[0]):
+        runs |= {name: max(number, runs.get(name, 0)) for name, number in counts.items()}
+    return runs
 
 
 def layer_calls(
-    block: nn.Module, call: UnitCall, wanted: list[QuantizedLayer]
+    block: nn.Module, call: UnitCall, wanted: list[QuantizedLayer], gradients: bool, runs: int
 ) -> list[tuple[QuantizedLayer, UnitCall]]:
-    """Inputs, outputs and output gradients of quantized layers in one call of their block, run in float.
+    """Inputs and outputs of quantized layers in one call of their block, run in float.
 
-    The gradient at a layer's output is the block output's gradient pulled back through the float block, so only
-    block-level tensors ever have to be captured.
+    Args:
+        gradients: whether those at the layers' outputs are wanted, too. They are the block output's gradient pulled
+            back through the float block, so only block-level tensors ever have to be captured.
+        runs: how often all of these layers run at most; without gradients, the block runs no further than that.
     """
     seen: list[tuple[QuantizedLayer, tuple[Any, ...], dict[str, Any], Tensor]] = []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.requires_grad_()
+        output = output.requires_grad_() if gradients and not output.requires_grad else output
         seen.append((module, args, kwargs, output))
+        if len(seen) == runs and not gradients:
+            raise SeenEnough
         return output.clone()  # what follows may modify it in place
 
     hooks = (layer.register_forward_hook(hook, with_kwargs=True) for layer in wanted)
-    with hooked(hooks), torch.enable_grad(), float_only(block), _constant_parameters(block):
+    output = None
+    with (
+        contextlib.suppress(SeenEnough),
+        hooked(hooks),
+        torch.set_grad_enabled(gradients),
+        float_only(block),
+        _constant_parameters(block),
+    ):
         output = rows_of(tensors_of(block(*call.args, **call.kwargs)), len(call.targets))
-    if not seen or not output.requires_grad:  # none of them ran, or none of those that ran has a say in the output
-        return []
     outputs = [layer_output for *_, layer_output in seen]
-    grads = torch.autograd.grad(output, outputs, grad_outputs=call.grads, allow_unused=True)
+    grads: tuple[Tensor | None, ...] = (None,) * len(outputs)
+    if gradients:
+        if not seen or not output.requires_grad:  # none of them ran, or none that ran has a say in the output
+            return []
+        found = torch.autograd.grad(output, outputs, grad_outputs=call.grads, allow_unused=True)
+        grads = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(outputs, found, strict=True))
     return [
         (layer, _layer_call(layer, args, kwargs, output.detach(), grad, call.image))
         for (layer, args, kwargs, output), grad in zip(seen, grads, strict=True)
@@ -93,12 +114,11 @@ def _layer_call(
         units = len(inputs[0])
     else:
         units = len(output)
-    targets = output.reshape(units, -1)
-    grads = torch.zeros_like(targets) if grad is None else grad.reshape(units, -1)
+    targets, grads = (None if t is None else t.reshape(units, -1) for t in (output, grad))
     padding = torch.zeros(units, dtype=torch.int64, device=output.device)
     separable = not kwargs and all(isinstance(a, Tensor) and len(a) == units for a in inputs)
     call = UnitCall(inputs, kwargs, targets, grads, padding, image, targets.numel(), separable)
-    return call.by_importance() if separable else call
+    return call.by_importance() if separable and grads is not None else call
 
 
 @contextlib.contextmanager

@@ -104,9 +104,9 @@ def _per_call(errors: Tensor, batch: Batch, objective: Objective) -> Tensor:
     for call, length in zip(batch.calls, batch.lengths, strict=True):
         # padding is dropped along with the least errors, being zero; without elimination it costs nothing as it is
         dropped = int(objective.eliminate * call.elements) + int(call.padding.sum()) if objective.eliminate else 0
-        grad, target = (part[start : start + length] for part in (batch.stacked.grads, batch.stacked.targets))
+        stacked = batch.stacked.units(start, start + length)
         rows = errors[:, start : start + length]  # [candidates, units, E]
-        per_call.append(torch.stack([objective(row, grad, target, dropped) for row in rows]))
+        per_call.append(torch.stack([objective(row, stacked.grads, stacked.targets, dropped) for row in rows]))
         start += length
     return torch.stack(per_call, 1)
 

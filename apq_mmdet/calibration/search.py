@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
-from apq_mmdet.calibration.replay import execution_order, fixed_weights, layer_calls
+from apq_mmdet.calibration.replay import fixed_weights, layer_calls, layer_runs
 from apq_mmdet.calibration.scoring import (
     PROBE,
     SCREENS,
@@ -78,8 +78,9 @@ def search_block(
     Raises:
         CalibrationError: every candidate's error is NaN.
     """
-    errors = SlotErrors(module, calls, search)
-    slots = _slots(module, calls, search.order)
+    runs = layer_runs(module, calls)
+    errors = SlotErrors(module, calls, search, runs)
+    slots = _slots(module, list(runs), search.order)
     for quantizer in quantizers_of(module):
         quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.FLOAT
@@ -92,7 +93,7 @@ def search_block(
             if slot.searched_at == changes:
                 continue
             settled = False
-            with fixed_weights(module, slot.layer, slot.role):
+            with fixed_weights(module, but=slot.quantizer):
                 before, slot.chosen = slot.chosen, _best_candidate(errors, slot, search, progress)
             slot.quantizer.set_range_factor(*slot.chosen)
             # a change of its own does not make a slot's result stale
@@ -147,13 +148,15 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
 class SlotErrors:
     """Errors of candidates at the block's or at the layer's output, summed over all images."""
 
-    def __init__(self, module: nn.Module, calls: UnitCalls, search: SearchConfig) -> None:
+    def __init__(self, module: nn.Module, calls: UnitCalls, search: SearchConfig, runs: dict[str, int]) -> None:
         self.module, self.calls = module, calls
         self._at_layers = search.metric == "module"
         self.objective = build_objective(search.objective)
         # candidates are ranked without elimination, which belongs to the block's output
         kept = {key: value for key, value in search.objective.items() if key not in ("eliminate", "eliminate_by")}
         self.ranking = build_objective(kept)
+        self._needs_gradients = self.objective.needs_gradients
+        self._runs = {module.get_submodule(name): number for name, number in runs.items()}
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
         self._masses: dict[QuantizedLayer | None, dict[float, float]] = {}  # None: of the block
 
@@ -192,8 +195,9 @@ class SlotErrors:
             small = self.calls.bytes * RECORDED_PER_CALL <= MOST_RECORDED
             wanted = [found for _, found in quantized_layers(self.module)] if small else [layer]
             self._layer_calls = {found: self.calls.of_layer(index) for index, found in enumerate(wanted)}
+            runs = sum(self._runs.get(found, 0) for found in wanted)
             for call in self.calls:
-                for found, recorded in layer_calls(self.module, call, wanted):
+                for found, recorded in layer_calls(self.module, call, wanted, self._needs_gradients, runs):
                     self._layer_calls[found].add(recorded)
         return self._layer_calls[layer]
 
@@ -204,10 +208,10 @@ class SlotErrors:
         self._layer_calls = {}
 
 
-def _slots(module: nn.Module, calls: UnitCalls, order: str) -> list[Slot]:
+def _slots(module: nn.Module, executed: list[str], order: str) -> list[Slot]:
     """The block's quantizers in search order: layers by execution, then those that never ran; in a layer by role."""
     layers = dict(quantized_layers(module))
-    ordered = list(dict.fromkeys([*execution_order(module, calls), *layers]))
+    ordered = list(dict.fromkeys([*executed, *layers]))
     if order == "backward":
         ordered.reverse()
     return [

@@ -147,7 +147,8 @@ class CaptureStore(TensorStore):
         """
         for image, index in sorted(self._calls.get(block, [])):
             args, kwargs = self.get((block, image, index, "input"))
-            outputs, grads = (self.get((block, image, index, part)) for part in ("output", "grads"))
+            outputs, key = self.get((block, image, index, "output")), (block, image, index, "grads")
+            grads = self.get(key) if key in self else None
             yield BlockCall(tuple(args), kwargs, outputs, grads, image, self._float_inputs(block, image, index))
             self._drop_call(block, image, index, keep_inputs)
 
@@ -155,8 +156,7 @@ class CaptureStore(TensorStore):
         """The captured calls of a block in the order of the images, before there are gradients; they stay captured."""
         for image, index in sorted(self._calls.get(block, [])):
             args, kwargs = self.get((block, image, index, "input"))
-            outputs = self.get((block, image, index, "output"))
-            yield BlockCall(tuple(args), kwargs, outputs, [torch.zeros_like(t) for t in outputs], image)
+            yield BlockCall(tuple(args), kwargs, self.get((block, image, index, "output")), None, image)
 
     def drop_calls(self, block: str, keep_inputs: bool) -> None:
         """Forget the calls of a block that is not searched again."""

@@ -29,11 +29,13 @@ class Parts:
         args: inputs of the units; every tensor has the units on axis 0.
         to_units: takes an output of the block, or a gradient of one, to [units, ...].
         padding: int64 [units], output elements of each unit that stand for nothing; None where there are none.
+        tokens: output positions of a unit.
     """
 
     args: tuple[Any, ...]
     to_units: Callable[[Tensor], Tensor]
     padding: Tensor | None = None
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,27 +71,30 @@ def register_view(*classes: type[nn.Module]) -> Callable[[ViewMaker], ViewMaker]
 
 @dataclass(frozen=True)
 class UnitCall:
-    """One call of a block as a stack of U units, the ones of largest gradient first; or as one unit, the whole call.
+    """One call of a block as a stack of U units, the most important ones first; or as one unit, the whole call.
 
     Attributes:
         args, kwargs: inputs; where ``separable``, every tensor has the units on axis 0.
-        targets, grads: float outputs and their gradients, [U, elements of a unit].
+        targets: float outputs, [U, elements of a unit].
+        grads: their gradients, or None where nothing asks for them.
         padding: int64 [U], elements of each unit that stand for nothing: zero in outputs, targets and gradients.
         image: the image's index.
         elements: number of output elements of the whole call without padding, also where only some units are held.
         separable: whether units can be judged apart.
+        tokens: output positions of a unit, such as the tokens of a window.
         float_args: the float model's ``args``, where those are what quantized blocks give; else None.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Tensor
-    grads: Tensor
+    grads: Tensor | None
     padding: Tensor
     image: int
     elements: int
     separable: bool
     float_args: tuple[Any, ...] | None = None
+    tokens: int = 1
 
     @property
     def of_float(self) -> "UnitCall":
@@ -114,9 +119,21 @@ class UnitCall:
         return self.units(0, math.ceil(share * len(self.targets)))
 
     def by_importance(self) -> "UnitCall":
-        """The units in descending order of their squared gradients."""
-        order = self.grads.square().sum(1).argsort(descending=True, stable=True)
+        """The units in descending order of their squared gradients; without gradients in a scattered order."""
+        if self.grads is None:
+            order = scattered(len(self.targets)).to(self.targets.device)
+        else:
+            order = self.grads.square().sum(1).argsort(descending=True, stable=True)
         return self.map(lambda t: t[order])
+
+    def sampled(self, tokens: int) -> "UnitCall":
+        """Units of about so many tokens, at least one, spread over all degrees of importance; all of them for 0."""
+        number = max(1, tokens // self.tokens)
+        if not tokens or not self.separable or number >= len(self.targets):
+            return self
+        chosen = scattered(len(self.targets))[:number].sort().values.to(self.targets.device)
+        part = self.map(lambda t: t[chosen])
+        return replace(part, elements=part.targets.numel() - int(part.padding.sum()))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "UnitCall":
         """Apply a function to every tensor."""
@@ -141,6 +158,12 @@ class UnitCall:
         )
 
 
+def scattered(number: int) -> Tensor:
+    """An order of so many units, int64, any first part of which is spread evenly over all of them."""
+    golden = (math.sqrt(5) - 1) / 2
+    return (torch.arange(number, dtype=torch.float64) * golden).frac().argsort()
+
+
 def rows_of(outputs: list[Tensor], units: int) -> Tensor:
     """Outputs of a module as [units, elements]."""
     rows = [output.reshape(1, -1) if units == 1 else output.flatten(1) for output in outputs]
@@ -162,20 +185,25 @@ def to_units(block: nn.Module, call: BlockCall) -> UnitCall:
     """Take a call apart, if its block's class says how; else the whole call is one unit."""
     view = _view(block)
     if view is None:
-        targets, grads = rows_of(call.outputs, 1), rows_of(call.grads, 1)
+        targets, grads = (_rows(whole, 1) for whole in (call.outputs, call.grads))
         padding = torch.zeros(1, dtype=torch.int64, device=targets.device)
         floats = None if call.float_inputs is None else call.float_inputs[0]
         elements = targets.numel()
         return UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, elements, False, floats)
     parts = view.parts(*call.args, **call.kwargs)
     number = next(len(t) for t in tree_flatten(parts.args)[0] if isinstance(t, Tensor))
-    targets, grads = (rows_of([parts.to_units(t) for t in whole], number) for whole in (call.outputs, call.grads))
-    padding = torch.zeros(number, dtype=torch.int64, device=grads.device) if parts.padding is None else parts.padding
+    targets, grads = (_rows(whole, number, parts.to_units) for whole in (call.outputs, call.grads))
+    padding = torch.zeros(number, dtype=torch.int64, device=targets.device) if parts.padding is None else parts.padding
     elements = targets.numel() - int(padding.sum())
     floats = None
     if call.float_inputs is not None:
         floats = view.parts(*call.float_inputs[0], **call.float_inputs[1]).args
-    return UnitCall(parts.args, {}, targets, grads, padding, call.image, elements, True, floats).by_importance()
+    units = UnitCall(parts.args, {}, targets, grads, padding, call.image, elements, True, floats, parts.tokens)
+    return units.by_importance()
+
+
+def _rows(whole: list[Tensor] | None, number: int, to_units: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor | None:
+    return None if whole is None else rows_of([to_units(t) for t in whole], number)
 
 
 class UnitCalls:
@@ -189,7 +217,7 @@ class UnitCalls:
     def __init__(self, store: TensorStore, key: Hashable) -> None:
         self._store, self._key = store, key
         self._calls: list[UnitCall] = []  # without tensors
-        self._energies: list[Tensor] = []  # of the first unit, the first two units, ...; float64 [units]
+        self._energies: list[Tensor] = []  # of the first unit, the first two, ...; float64 [units]
         self._sizes: list[int] = []
         self._signatures: list[str] = []
 
@@ -198,11 +226,13 @@ class UnitCalls:
         if not call.targets.numel():
             return
         self._store.put((self._key, len(self._calls)), call.tensors())
-        self._energies.append(call.grads.square().sum(1, dtype=torch.float64).cumsum(0).cpu())
+        alike = torch.ones(len(call.targets), dtype=torch.float64)
+        energies = alike if call.grads is None else call.grads.square().sum(1, dtype=torch.float64)
+        self._energies.append(energies.cumsum(0).cpu())
         self._sizes.append(call.targets.numel())
         self._signatures.append(call.signature)
         empty = torch.empty(0)
-        self._calls.append(call.with_tensors([(), {}, empty, empty, empty, None]))
+        self._calls.append(call.with_tensors([(), {}, empty, None, empty, None]))
 
     def __len__(self) -> int:
         return len(self._calls)

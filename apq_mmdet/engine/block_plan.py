@@ -31,7 +31,7 @@ class BlockPlan:
         fit_operations: of the sums of compensation, and of what reconstruction does with all units, on the image.
         fixed_operations: of the closed forms of compensation and the training steps of reconstruction, however many
             images there are.
-        captured_bytes: inputs, outputs and gradients on the image.
+        captured_bytes: inputs, outputs and, where something weighs errors by them, gradients on the image.
         reached: whether the image reached the block.
     """
 
@@ -79,9 +79,13 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
         search_operations=search_operations,
         fit_operations=fit_operations,
         fixed_operations=fixed_operations,
-        captured_bytes=sum(call.captured for call in calls) if search is not None else 0,
+        captured_bytes=0 if search is None else _captured_bytes(calls, recipe.needs_gradients(name)),
         reached=bool(calls),
     )
+
+
+def _captured_bytes(calls: list[CountedCall], gradients: bool) -> int:
+    return sum(call.captured + gradients * call.gradients for call in calls)
 
 
 def _layer_operations(layer: QuantizedLayer, calls: list[CountedCall]) -> int:

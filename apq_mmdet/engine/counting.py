@@ -30,13 +30,15 @@ class CountedCall:
 
     Attributes:
         products: (module, operations) in the order of execution.
-        captured: bytes of inputs, outputs and gradients.
+        captured: bytes of inputs and outputs.
+        gradients: bytes of the outputs' gradients.
         units: number of parts that can be judged apart, where they were counted; 1 where the call has none.
         separable: whether it can.
     """
 
     products: list[tuple[nn.Module, int]] = field(default_factory=list)
     captured: int = 0
+    gradients: int = 0
     units: int = 0
     separable: bool = False
 
@@ -82,10 +84,9 @@ def counting(model: nn.Module, blocks: dict[str, nn.Module], units: bool = False
 
     def end(name: str, args: tuple, kwargs: dict, output: Any) -> None:
         call, outputs = running.pop(), tensors_of(output)
-        # a gradient is as large as its output
-        call.captured = bytes_of((args, kwargs)) + 2 * bytes_of(outputs)
+        call.captured, call.gradients = bytes_of((args, kwargs, outputs)), bytes_of(outputs)
         if units:
-            parts = to_units(blocks[name], BlockCall(args, kwargs, outputs, outputs, image=0))
+            parts = to_units(blocks[name], BlockCall(args, kwargs, outputs, None, image=0))
             call.units, call.separable = len(parts.targets), parts.separable
 
     products = [module for module in model.modules() if isinstance(module, tuple(OPERATIONS))]

@@ -86,10 +86,10 @@ class Plan:
             found["even channels"] = TRANSFORM
         if self.centered:
             found["input centers"] = 1
-        if recipe.search is not None:
+        if any(recipe.needs_gradients(block.name) for block in self.blocks):
             found["gradients"] = BACKWARD * (2 if recipe.importance == "perturbation" else 1)
-            if recipe.search.block_input == "quantized":
-                found["quantized inputs"] = 1
+        if recipe.search is not None and recipe.search.block_input == "quantized":
+            found["quantized inputs"] = 1
         return found
 
     @property
@@ -267,7 +267,7 @@ def _time_lines(plan: Plan) -> list[str]:
             f"time: about {_seconds_text(plan.pass_seconds)} here ({machine})",
             passes,
         ]
-    sampled = [f"{key} = {getattr(search, key)}" for key in ("windows", "rows") if getattr(search, key)]
+    sampled = [f"{key} = {getattr(search, key)}" for key in ("windows", "rows", "tokens") if getattr(search, key)]
     before = f", before sampling ({', '.join(sampled)})" if sampled else ""
     lines = [
         f"search: at most {_number(plan.search_operations)} operations on {plan.images} images{before}",

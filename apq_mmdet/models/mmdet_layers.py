@@ -60,7 +60,7 @@ def sample_windows(block: SwinBlock, call: BlockCall, search: SearchConfig, gene
         args=(cropped, shape),
         kwargs={},
         outputs=[block(cropped, shape)],
-        grads=[crop(grad) for grad in call.grads],
+        grads=None if call.grads is None else [crop(grad) for grad in call.grads],
     )
 
 

@@ -48,7 +48,7 @@ def cut_windows(x: Tensor, tokens: Callable[[Tensor], Tensor], token: Tensor, re
     any_padded = bool(padded.any())
     region = None if region is None else region.to(x.device).repeat(images, 1)
     padding = padded.sum(1) * x.shape[-1] if any_padded else None
-    return Parts((to_windows(x), region, ~padded if any_padded else None), to_windows, padding)
+    return Parts((to_windows(x), region, ~padded if any_padded else None), to_windows, padding, tokens=token.shape[1])
 
 
 def window_layout(attention: ShiftWindowMSA, height: int, width: int) -> tuple[Tensor, Tensor | None]:

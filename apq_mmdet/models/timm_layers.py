@@ -147,5 +147,5 @@ def sample_windows(
         for size, side, step in zip(x.shape[1:3], sides, block.window_size, strict=True)
     )
     cropped = x[:, rows, columns]
-    grads = [grad[:, rows, columns] for grad in call.grads]
+    grads = None if call.grads is None else [grad[:, rows, columns] for grad in call.grads]
     return replace(call, args=(cropped,), kwargs={}, outputs=[block(cropped)], grads=grads)

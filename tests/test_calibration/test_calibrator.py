@@ -7,7 +7,7 @@ from helpers import build_swin, recipe, short_grids
 from mmdet.registry import MODELS
 from torch import nn
 
-from apq_mmdet.calibration import FeatureTask, calibrate
+from apq_mmdet.calibration import FeatureTask, calibrate, calibrator
 from apq_mmdet.calibration.blocks import partition
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import BadInputError, CalibrationError
@@ -113,6 +113,40 @@ def test_quantized_inputs_take_one_replay_in_total(monkeypatch):
     extra = runs["quantized"] - runs["float"]
     # the replayed forward of a finished block is counted too, but costs nothing
     assert list(extra.values()) == [len(IMAGES) * n for n in reversed(range(1, len(extra) + 1))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weighed"),
+    [
+        ({}, False),
+        (dict(compensation=dict(weighted=True)), True),
+        (dict(reconstruction=dict(weighting="hessian", iterations=1)), True),
+        (dict(reconstruction=dict(weighting="none", iterations=1)), False),
+        (dict(search=dict(objective=dict(type="mse", eliminate=0.1))), False),
+        (dict(search=dict(objective=dict(type="mse", eliminate=0.1, eliminate_by="gradient"))), True),
+        (
+            dict(search=dict(objectives=dict(one=dict(pattern="stages.0.blocks.1", type="hessian")))),
+            ["stages.0.blocks.1"],
+        ),
+    ],
+)
+def test_gradients_are_taken_where_something_weighs_errors_by_them(changes, weighed, monkeypatch):
+    search = dict(objective=dict(type="mse"), metric="module", rounds=1, grids=short_grids(2)) | changes.get(
+        "search", {}
+    )
+    settings = recipe("minmax", **{**changes, "search": search})
+    passes, taken = [], set()
+    student, add_grads = FeatureTask.student, CaptureStore.add_grads
+    monkeypatch.setattr(FeatureTask, "student", lambda *args: passes.append(1) or student(*args))
+    monkeypatch.setattr(CaptureStore, "add_grads", lambda *args: taken.add(args[1]) or add_grads(*args))
+    model = quantized_swin(settings)
+    report = calibrate(model, IMAGES, settings)
+    names = [block.block for block in report.blocks]
+    wanted = weighed if isinstance(weighed, list) else names if weighed else []
+    assert taken == set(wanted)
+    assert len(passes) == (len(IMAGES) if wanted else 0)
+    assert wanted == [name for name in names if settings.needs_gradients(name)]
+    assert names == list(partition(model))
 
 
 def test_quantized_inputs_are_those_of_the_quantized_model():
@@ -375,6 +409,26 @@ def test_each_block_and_each_stage_of_it_draws_from_a_seed_of_its_own(monkeypatc
     settings = fast(reconstruction=[dict(iterations=2, batch=2), dict(iterations=1, batch=2)])
     blocks = len(calibrate(quantized_swin(settings), IMAGES[:1], settings, seed=7).blocks)
     assert drawn == [7 + block + stage for block in range(blocks) for stage in range(2)]
+
+
+def test_a_sample_of_tokens_is_what_a_block_is_calibrated_on(monkeypatch):
+    settings = recipe(
+        "apq_plus", w_bits=3, search=dict(grids=short_grids(2), tokens=60), reconstruction=dict(iterations=1)
+    )
+    sizes = {}
+    search, weights, learn = calibrator.search_block, calibrator.compensate, calibrator.reconstruct
+    for name, function in (("search_block", search), ("compensate", weights), ("reconstruct", learn)):
+
+        def look(module, calls, *args, name=name, function=function):
+            sizes.setdefault(name, []).append([len(call.targets) for call in calls])
+            return function(module, calls, *args)
+
+        monkeypatch.setattr(calibrator, name, look)
+    calibrate(quantized_swin(settings), IMAGES, settings)
+    assert sizes["search_block"] == sizes["compensate"] == sizes["reconstruct"]
+    embedding, first, *_ = sizes["search_block"]
+    assert embedding == [60] * len(IMAGES)  # of 165, 144 and 165 patches
+    assert first == [1] * len(IMAGES)  # of 6 windows of 49 tokens
 
 
 def test_the_seed_chooses_the_windows_of_a_sample():

@@ -15,9 +15,9 @@ from apq_mmdet.calibration.compensation import (
     LAST_FACTOR,
     CompensationConfig,
     compensate,
-    spread_rounding,
 )
 from apq_mmdet.calibration.search import search_block
+from apq_mmdet.calibration.spread_rounding import spread_rounding
 from apq_mmdet.calibration.units import UnitCall, to_units, unit_module
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model

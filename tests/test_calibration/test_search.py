@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import build_swin, recipe, short_grids
+from helpers import as_calls, build_swin, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.objectives import Objective
-from apq_mmdet.calibration.replay import layer_calls
+from apq_mmdet.calibration.replay import layer_calls, layer_runs
 from apq_mmdet.calibration.sampling import sample_call, sample_rows
 from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, SlotErrors, search_block
@@ -193,7 +193,7 @@ def test_module_gradients_are_those_of_the_float_block():
     block, calls = prepared(0, recipe("minmax"))
     view, call = unit_module(block), to_units(block, calls[1])
     layers = [layer for _, layer in quantized_layers(block)]
-    recorded = dict(layer_calls(view, call, layers))
+    recorded = dict(layer_calls(view, call, layers, gradients=True, runs=len(layers)))
     last = recorded[block.ffn.layers[1]]
     # the last linear is followed by the residual sum alone, and never sees padding
     dense = calls[1].grads[0][0]
@@ -203,6 +203,28 @@ def test_module_gradients_are_those_of_the_float_block():
     assert torch.equal(energy, energy.sort(descending=True).values)  # each layer's most important tokens first
     with float_only(block), torch.no_grad():
         assert torch.equal(block.ffn.layers[1](*last.args), last.targets)
+
+
+def test_calls_of_layers_without_gradients_take_no_more_than_the_run_up_to_them():
+    block, calls = prepared(0, recipe("minmax"))
+    view, call = unit_module(block), to_units(block, calls[1])
+    runs = layer_runs(view, as_calls([call]))
+    assert runs == dict.fromkeys(dict(quantized_layers(view)), 1)
+    layers = {name: view.get_submodule(name) for name in runs}  # as they are executed
+    whole = dict(layer_calls(view, call, list(layers.values()), gradients=False, runs=len(layers)))
+    ran = []
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    for position, (name, layer) in enumerate(layers.items()):
+        ran.clear()
+        ((found, alone),) = layer_calls(view, call, [layer], gradients=False, runs=1)
+        assert found is layer
+        assert ran == list(layers)[: position + 1], name
+        assert alone.grads is None
+        assert not alone.targets.requires_grad
+        assert torch.equal(alone.targets, whole[layer].targets)
+        with float_only(block), torch.no_grad():
+            assert torch.equal(layer(*alone.args).reshape(alone.targets.shape), alone.targets)
 
 
 def test_window_sampling_is_a_valid_crop():
@@ -360,7 +382,7 @@ class PowerObjective(Objective):
 def test_candidates_are_ranked_with_the_objectives_own_arguments(eliminate, monkeypatch):
     monkeypatch.setitem(OBJECTIVES.module_dict, "power", PowerObjective)
     objective = dict(type="power", exponent=4, eliminate=eliminate)
-    errors = SlotErrors(nn.Identity(), [], recipe("apq", search=dict(objective=objective)).search)
+    errors = SlotErrors(nn.Identity(), [], recipe("apq", search=dict(objective=objective)).search, runs={})
     assert (errors.ranking.exponent, errors.ranking.eliminate) == (4, 0.0)
     assert (errors.objective.exponent, errors.objective.eliminate) == (4, eliminate)
 

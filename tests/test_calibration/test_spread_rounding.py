@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from apq_mmdet.calibration.compensation import spread_rounding
+from apq_mmdet.calibration.spread_rounding import COLUMNS, spread_rounding
 
 
 def problem(columns=3, rows=4, bits=2, seed=0):
@@ -45,8 +45,10 @@ def slow_obq(weight, hessian, scale, low, high):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rounding_is_that_of_a_slow_obq(seed):
-    weight, hessian, scale, low, high = problem(columns=7, bits=3, seed=seed)
+@pytest.mark.parametrize("columns", [7, COLUMNS + 3])
+def test_rounding_is_that_of_a_slow_obq(seed, columns):
+    weight, hessian, scale, low, high = problem(columns=columns, bits=3, seed=seed)
+    hessian += 0.1 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     assert torch.equal(spread_rounding(weight, hessian, scale, low, high), slow_obq(weight, hessian, scale, low, high))
 
 

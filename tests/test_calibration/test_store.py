@@ -49,6 +49,12 @@ def test_calls_come_back_in_the_order_of_the_images_once():
         assert calls[2].kwargs == {"k": 3}
 
 
+def test_calls_without_gradients_come_back_without_them():
+    with CaptureStore(memory=10**6) as store:
+        store.add_call("b", 0, (torch.ones(1),), {}, torch.ones(1))
+        assert [call.grads for call in (*store.inputs("b"), *store.take_calls("b"))] == [None, None]
+
+
 def test_what_is_kept_anew_takes_the_place_of_what_was(tmp_path):
     """On disk at first and in memory later, and the other way round."""
     with TensorStore(tmp_path, memory=500) as store:

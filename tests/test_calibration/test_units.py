@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import build_swin, recipe
@@ -101,6 +103,45 @@ def test_batches_stack_like_calls_of_a_shard_and_leave_big_ones_alone():
             calls.add(to_units(block, block_call(block, (torch.randn(1, side * side, 8), (side, side)), image)))
     found = [[call.image for call in batch.calls] for batch in batches(calls)]
     assert found == [[3], [5], [0, 2], [1, 4]]
+
+
+def test_units_without_gradients_come_scattered_and_count_alike():
+    block = swin_block(0)
+    x = torch.randn(1, 56 * 56, 8)
+    with float_only(block):
+        call = replace(block_call(block, (x, (56, 56)), 0), grads=None)
+    units = to_units(block, call)  # 64 windows
+    assert units.grads is None
+    weighed = to_units(block, replace(call, grads=[torch.ones_like(x)]))  # all alike: windows in the image's order
+    places = [int((weighed.args[0] == window).flatten(1).all(1).nonzero()) for window in units.args[0]]
+    assert sorted(places) == list(range(64))
+    assert {place // 8 for place in places[:16]} == set(range(8))  # each row of windows has a say in the first part
+    calls = UnitCalls(TensorStore(memory=2**30), "b")
+    calls.add(units)
+    assert calls.masses((0.25, 0.5)) == [0.25, 0.5]
+    assert calls[0].grads is None
+
+
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_sample_of_tokens_is_spread_over_the_units(weighed):
+    block = swin_block(1)
+    x = torch.randn(1, 50 * 56, 8)  # padded to 8 x 8 windows
+    with float_only(block):
+        call = block_call(block, (x, (50, 56)), 0)
+        units = to_units(block, call if weighed else replace(call, grads=None))
+        sample = units.sampled(tokens=1000)  # 20 of 64 windows
+        got = rows_of([unit_module(block)(*sample.args)], len(sample.targets))
+    assert torch.allclose(got, sample.targets, atol=1e-5)  # arguments and targets of the same windows
+    places = [int((units.targets == target).all(1).nonzero()[0]) for target in sample.targets]
+    assert len(set(places)) == 20
+    assert places == sorted(places)  # the most important ones first
+    assert all(any(first <= place < first + 8 for place in places) for first in range(0, 64, 8))
+    assert sample.elements == sample.targets.numel() - int(sample.padding.sum()) < units.elements
+    for tokens in (0, 64 * 49, 10**6):
+        assert units.sampled(tokens) is units
+    assert len(units.sampled(tokens=1).targets) == 1
+    whole = to_units(nn.Linear(8, 8), BlockCall((x,), {}, [x], None, 0))
+    assert whole.sampled(tokens=1) is whole  # it cannot be taken apart
 
 
 def test_whole_calls_are_screened_by_their_gradients():

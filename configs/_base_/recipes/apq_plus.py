@@ -36,6 +36,8 @@ quant = dict(
         rounds=1,
         order="forward",
         block_input="quantized",
+        # of a large image a part tells enough; the demo detectors' images have fewer tokens
+        tokens=4096,
         grids=dict(
             Linear=(0.3, 1.1, 41),
             Conv2d=(0.3, 1.1, 41),
