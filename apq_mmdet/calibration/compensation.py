@@ -19,10 +19,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import SeenEnough, tensors_of
+from apq_mmdet.calibration.columns import TOKENS, columns_of, has_columns, positions_of
 from apq_mmdet.calibration.distributed import by_shard
 from apq_mmdet.calibration.replay import fixed_weights, layer_runs
 from apq_mmdet.calibration.spread_rounding import nearest_codes, spread_rounding
@@ -33,8 +33,6 @@ from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_o
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
 FIRST_FACTOR, LAST_FACTOR = 0.3, 1.1  # of the ranges that step 2 tries
-MOST_INPUTS = 2**13  # K of a layer that is compensated: matrices of 0.5 GiB, about six of which are held at once
-TOKENS = 2**12  # whose float64 copies are made at once
 LEAST_VARIATION = 1e-12  # share of an input's power; what varies less is rounding noise
 
 
@@ -149,13 +147,7 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
 
 def is_compensated(layer: QuantizedLayer) -> bool:
     """Whether ``compensate`` replaces the weights of a layer."""
-    plain = layer.kind == "Linear" or (
-        layer.kind == "Conv2d"
-        and layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
-    return plain and "weight" in layer.quantizers and layer.depth <= MOST_INPUTS
+    return "weight" in layer.quantizers and has_columns(layer)
 
 
 def _moments(
@@ -198,12 +190,12 @@ def _tokens(
             grads = torch.autograd.grad(rows, outputs, tile.grads, allow_unused=True)
     quantized, _, _ = _watched(module, layer, runs, tile)
     for x, x_quantized, grad in zip(floats, quantized, grads, strict=True):
-        columns = _columns(layer, layer.divided_input(x.detach()))
+        columns = columns_of(layer, layer.divided_input(x.detach()))
         importance = columns.new_ones(len(columns))
         if weighted:
-            importance = importance.zero_() if grad is None else _positions(layer, grad).square().mean(1)
+            importance = importance.zero_() if grad is None else positions_of(layer, grad).square().mean(1)
         x_quantized = layer.quantize("input", x_quantized)
-        tensors = (columns, _columns(layer, x_quantized), importance)
+        tensors = (columns, columns_of(layer, x_quantized), importance)
         yield from map(Moments.of, *(t.split(TOKENS) for t in tensors))
 
 
@@ -230,23 +222,6 @@ def _watched(
     with contextlib.suppress(SeenEnough), layer.register_forward_hook(hook):
         rows = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
     return inputs, outputs, rows
-
-
-def _columns(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """What each output position multiplies with the weight, [positions, K]."""
-    if layer.kind == "Linear":
-        return x.reshape(-1, x.shape[-1])
-    x = x if x.dim() == 4 else x.unsqueeze(0)  # [B, C, H, W]
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [B, K, L]
-    return patches.transpose(1, 2).flatten(0, 1)
-
-
-def _positions(layer: QuantizedLayer, output: Tensor) -> Tensor:
-    """[positions, N], in the order of ``_columns``."""
-    if layer.kind == "Linear":
-        return output.reshape(-1, output.shape[-1])
-    output = output if output.dim() == 4 else output.unsqueeze(0)  # [B, N, H, W]
-    return output.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: CompensationConfig) -> float:

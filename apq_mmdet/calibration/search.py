@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.objectives import Objective, build_objective
+from apq_mmdet.calibration.columns import has_columns
+from apq_mmdet.calibration.objectives import Objective, SquaredErrorObjective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls, layer_runs
@@ -15,12 +16,14 @@ from apq_mmdet.calibration.scoring import (
     SCREENS,
     TOGETHER,
     Candidate,
+    Choice,
     best_candidate,
     candidate_errors,
     relative,
     sum_by_image,
 )
 from apq_mmdet.calibration.units import UnitCalls
+from apq_mmdet.calibration.weight_errors import weight_errors
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
@@ -127,6 +130,10 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
     def evaluate(candidates: list[int], share: float) -> Tensor:
         return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
+    if errors.are_in_closed_form(slot):
+        found = weight_errors(slot.layer, errors.recorded(slot.layer), grid)
+        alike = torch.ones(len(grid), dtype=torch.float64)
+        return _chosen(best_candidate(lambda some, _: found[some], alike, 0.0, {}, slot.name), grid)
     masses, bounds, eliminate = errors.masses(slot), None, errors.objective.eliminate
     if len(grid) <= TOGETHER:
         slot.expected = torch.ones(len(grid), dtype=torch.float64)
@@ -140,6 +147,10 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
     told = partial(progress.left, what="candidates")
     choice = best_candidate(evaluate, slot.expected, eliminate, masses, slot.name, bounds, told)
     slot.expected = choice.expected
+    return _chosen(choice, grid)
+
+
+def _chosen(choice: Choice, grid: list[Candidate]) -> Candidate:
     if choice.best is None:  # inputs are zero, or nothing of the output counts: the observed range is as good as any
         return min(grid, key=lambda candidate: abs(candidate.factor - 1))
     return grid[choice.best]
@@ -160,6 +171,11 @@ class SlotErrors:
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
         self._masses: dict[QuantizedLayer | None, dict[float, float]] = {}  # None: of the block
 
+    def are_in_closed_form(self, slot: Slot) -> bool:
+        """Whether plain squared errors at the output of a layer are asked for, of a weight for which sums tell them."""
+        plain = type(self.objective) is SquaredErrorObjective and not self.objective.eliminate
+        return self._at_layers and plain and slot.role == "weight" and has_columns(slot.layer)
+
     def of(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
         """``at_module`` or ``at_block``, as the search demands."""
         at = self.at_module if self._at_layers else self.at_block
@@ -173,7 +189,7 @@ class SlotErrors:
 
     def at_module(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
         """As ``at_block``, of the layer's own output on its input in the float block."""
-        recorded = self._recorded(slot.layer).most_important(share)
+        recorded = self.recorded(slot.layer).most_important(share)
         calls = (call.first(share) for call in recorded)
         columns = candidate_errors(slot.layer, calls, slot.layer, slot.role, candidates, objective)
         return sum_by_image(columns, len(candidates))
@@ -184,11 +200,11 @@ class SlotErrors:
             return {share: share for share in SCREENS}
         layer = slot.layer if self._at_layers else None
         if layer not in self._masses:  # asked of all processes at once, whatever each of them has recorded
-            calls = self.calls if layer is None else self._recorded(layer)
+            calls = self.calls if layer is None else self.recorded(layer)
             self._masses[layer] = dict(zip(SCREENS, calls.masses(SCREENS), strict=True))
         return self._masses[layer]
 
-    def _recorded(self, layer: QuantizedLayer) -> UnitCalls:
+    def recorded(self, layer: QuantizedLayer) -> UnitCalls:
         """The layer's own calls; those of all layers are kept at once where they are small."""
         if layer not in self._layer_calls:
             self.drop()

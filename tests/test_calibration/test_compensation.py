@@ -310,7 +310,7 @@ def test_other_layers_stay():
 
 
 def test_layers_with_too_many_inputs_stay(monkeypatch):
-    monkeypatch.setattr("apq_mmdet.calibration.compensation.MOST_INPUTS", 5)
+    monkeypatch.setattr("apq_mmdet.calibration.columns.MOST_INPUTS", 5)
     block, calls = prepared(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), correlated())
     before = block[0].weight.clone()
     assert list(compensate(block, calls, CompensationConfig())) == ["1"]

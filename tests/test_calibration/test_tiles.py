@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import build_swin, recipe, short_grids
 
-from apq_mmdet.calibration import calibrate, compensation, scoring, units
+from apq_mmdet.calibration import calibrate, compensation, scoring, units, weight_errors
 from apq_mmdet.layers import quantize_model
 
 IMAGES = [torch.randn(1, 3, 57, 41), torch.randn(1, 3, 33, 64)]
@@ -24,7 +24,8 @@ def small(monkeypatch):
     def make_small():
         monkeypatch.setattr(units, "TILE_ELEMENTS", 500)  # a window of 49 tokens has 392
         monkeypatch.setattr(scoring, "BUFFER_ELEMENTS", 2000)
-        monkeypatch.setattr(compensation, "TOKENS", 7)
+        for module in (compensation, weight_errors):
+            monkeypatch.setattr(module, "TOKENS", 7)
 
     return make_small
 
