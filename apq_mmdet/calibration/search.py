@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.columns import has_columns
-from apq_mmdet.calibration.objectives import Objective, SquaredErrorObjective, build_objective
+from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls, layer_runs
@@ -23,7 +22,7 @@ from apq_mmdet.calibration.scoring import (
     sum_by_image,
 )
 from apq_mmdet.calibration.units import UnitCalls
-from apq_mmdet.calibration.weight_errors import weight_errors
+from apq_mmdet.calibration.weight_errors import in_closed_form, weight_errors
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
@@ -130,7 +129,7 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
     def evaluate(candidates: list[int], share: float) -> Tensor:
         return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
-    if errors.are_in_closed_form(slot):
+    if in_closed_form(search, slot.layer, slot.role):
         found = weight_errors(slot.layer, errors.recorded(slot.layer), grid)
         alike = torch.ones(len(grid), dtype=torch.float64)
         return _chosen(best_candidate(lambda some, _: found[some], alike, 0.0, {}, slot.name), grid)
@@ -170,11 +169,6 @@ class SlotErrors:
         self._runs = {module.get_submodule(name): number for name, number in runs.items()}
         self._layer_calls: dict[QuantizedLayer, UnitCalls] = {}
         self._masses: dict[QuantizedLayer | None, dict[float, float]] = {}  # None: of the block
-
-    def are_in_closed_form(self, slot: Slot) -> bool:
-        """Whether plain squared errors at the output of a layer are asked for, of a weight for which sums tell them."""
-        plain = type(self.objective) is SquaredErrorObjective and not self.objective.eliminate
-        return self._at_layers and plain and slot.role == "weight" and has_columns(slot.layer)
 
     def of(self, slot: Slot, candidates: list[Candidate], share: float, objective: Objective) -> Tensor:
         """``at_module`` or ``at_block``, as the search demands."""

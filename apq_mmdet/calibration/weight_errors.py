@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.columns import TOKENS, columns_of
-from apq_mmdet.calibration.distributed import by_shard
+from apq_mmdet.calibration.columns import TOKENS, columns_of, has_columns
+from apq_mmdet.calibration.distributed import by_shard, gather
+from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.scoring import Candidate
 from apq_mmdet.calibration.units import Batch, UnitCalls, shards
 from apq_mmdet.layers.base import QuantizedLayer
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+
+
+def in_closed_form(search: SearchConfig, layer: QuantizedLayer, role: str) -> bool:
+    """Whether a search asks for plain squared errors at the output of a layer, of a weight for which sums tell them."""
+    plain = search.objective["type"] == "mse" and not search.objective.get("eliminate")
+    return search.metric == "module" and plain and role == "weight" and has_columns(layer)
 
 
 def weight_errors(layer: QuantizedLayer, calls: UnitCalls, candidates: Sequence[Candidate]) -> Tensor:
@@ -42,7 +49,8 @@ def weight_errors(layer: QuantizedLayer, calls: UnitCalls, candidates: Sequence[
     weight = layer.weight.flatten(1)  # [N, K]
     gram, mixed = total.to(weight.device)
     slope = 2 * (weight.double() @ mixed.T)  # [N, K]
-    return torch.stack([_error(layer, candidate, gram.to(weight.dtype), slope) for candidate in candidates])
+    errors = torch.stack([_error(layer, candidate, gram.to(weight.dtype), slope) for candidate in candidates])
+    return gather(errors)[0]  # machines that compute differently still end alike
 
 
 def _sums(layer: QuantizedLayer, group: Iterator[Batch]) -> Tensor:

@@ -10,11 +10,13 @@ from torch import nn
 from apq_mmdet.calibration.compensation import CompensationConfig, is_compensated
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig, worth_reconstructing
+from apq_mmdet.calibration.weight_errors import in_closed_form
 from apq_mmdet.engine.counting import Count, CountedCall, suffix_operations
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 
 BACKWARD = 3  # a forward and its backward, in forwards
 FLOAT64 = 2
+SUMS = 2  # [K, K] matrices of which every token is a part, where a weight's errors have a closed form
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class BlockPlan:
         operations: of one float forward on the image.
         search_operations: of the search on the image, an upper bound.
         fit_operations: of the sums of compensation, and of what reconstruction does with all units, on the image.
-        fixed_operations: of the closed forms of compensation and the training steps of reconstruction, however many
-            images there are.
+        fixed_operations: of the closed forms of search and compensation and the training steps of reconstruction,
+            however many images there are.
         captured_bytes: inputs, outputs and, where something weighs errors by them, gradients on the image.
         reached: whether the image reached the block.
     """
@@ -50,10 +52,10 @@ class BlockPlan:
 
 def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> BlockPlan:
     """Plan one block from what a float forward of one image did."""
-    search = recipe.search
+    search = None if recipe.search is None else recipe.search.for_block(name)
     layers = [layer for _, layer in quantized_layers(block) if layer.quantizers]
     calls = count.calls.get(name, [])
-    ranked = judged = search_operations = 0
+    ranked = judged = search_operations = fixed_operations = 0
     if search is not None:
         for layer in layers:
             suffix = sum(suffix_operations(call.products, layer) for call in calls)
@@ -61,11 +63,17 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
                 at_layer, at_block = _candidates(len(search.candidates(layer.kind, role, quantizer)), search)
                 ranked += search.rounds * at_layer
                 judged += search.rounds * at_block
-                search_operations += search.rounds * (at_layer * _layer_operations(layer, calls) + at_block * suffix)
+                own = _layer_operations(layer, calls)
+                if in_closed_form(search, layer, role):
+                    matrix = 2 * layer.weight.numel() * layer.depth  # [N, K] times [K, K]
+                    fixed_operations += search.rounds * at_layer * matrix
+                    search_operations += search.rounds * SUMS * own * layer.depth // len(layer.weight)
+                else:
+                    search_operations += search.rounds * (at_layer * own + at_block * suffix)
     operations = sum(call.operations for call in calls)
     stages = [stage for stage in recipe.reconstruction if worth_reconstructing(block, stage)]
     fit_operations = 2 * len(stages) * operations  # the objective before and after
-    fixed_operations = sum(_learning(calls, stage) for stage in stages)
+    fixed_operations += sum(_learning(calls, stage) for stage in stages)
     if recipe.compensation is not None:
         sums, closed_forms = _compensation(layers, calls, recipe.compensation)
         fit_operations, fixed_operations = fit_operations + sums, fixed_operations + closed_forms
