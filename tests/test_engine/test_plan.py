@@ -137,6 +137,33 @@ def test_what_is_fitted_after_the_search(swin_images):
     assert plan_of(build_swin(), weighted, swin_images).blocks[1].fit_operations == 4 * 4 * block.operations + matrices
 
 
+def test_ranges_of_weights_whose_errors_have_a_closed_form(swin_images):
+    search = dict(metric="module", rounds=2, grids=short_grids(5), objective=dict(type="mse"))
+    embed = plan_of(build_swin(), recipe("apq", search=search), swin_images).blocks[0]
+    assert embed.ranked == 2 * 2 * 5
+    # 5 runs for the input; 64 tokens of 48 values are part of two matrices; 5 products with the weights of 8 outputs
+    assert embed.search_operations == 2 * (5 * embed.operations + 2 * 2 * 64 * 48**2)
+    assert embed.fixed_operations == 2 * 5 * 2 * 8 * 48**2
+    for changes in (
+        dict(metric="block"),
+        dict(objective=dict(type="hessian")),
+        dict(objective=dict(type="mse", eliminate=0.1)),
+    ):
+        other = plan_of(build_swin(), recipe("apq", search={**search, **changes}), swin_images).blocks[0]
+        assert (other.search_operations, other.fixed_operations) == (2 * 10 * embed.operations, 0)
+
+
+def test_what_weighs_no_error_by_gradients_takes_none(swin_images):
+    search = dict(metric="module", rounds=1, grids=short_grids(4), objective=dict(type="mse"))
+    plan = plan_of(build_swin(), recipe("apq", search=search), swin_images)
+    assert plan.passes == {"float pass": 1}
+    assert plan.blocks[1].captured_bytes == 2 * 4 * 64 * 8
+    weighed = dict(search, objectives=dict(one=dict(pattern="stages.0.blocks.1", type="hessian")))
+    plan = plan_of(build_swin(), recipe("apq", search=weighed), swin_images)
+    assert plan.passes == {"float pass": 1, "gradients": 3}
+    assert [block.captured_bytes for block in plan.blocks[1:]] == [2 * 4 * 64 * 8, 3 * 4 * 64 * 8]
+
+
 def test_a_step_takes_a_whole_call_where_it_cannot_be_taken_apart():
     model = nn.Sequential(nn.Linear(4, 6))  # no block class: a block of its own, whose calls stay whole
     used = recipe("apq", reconstruction=dict(iterations=10, batch=3), search=dict(rounds=1, grids=short_grids(4)))
