@@ -140,7 +140,7 @@ def calibrate(
             _take_observed_ranges(model)
             reports: list[BlockReport] = []
             if recipe.search is not None:
-                weighed = {name: block for name, block in blocks.items() if recipe.needs_gradients(name)}
+                weighed = {name: blocks[name] for name in _to_search(blocks, store) if recipe.needs_gradients(name)}
                 if weighed:
                     capture_gradients(model, weighed, samples, task, store, recipe.importance)
                 model.weights_changed_by_calibration = recipe.changes_weights
@@ -253,6 +253,11 @@ def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
     return names
 
 
+def _to_search(blocks: dict[str, nn.Module], store: CaptureStore) -> list[str]:
+    """The blocks that ran, in order; one may have been left float."""
+    return [name for name in store.order() if quantizers_of(blocks[name])]
+
+
 def _take_observed_ranges(model: nn.Module) -> None:
     for name, layer in quantized_layers(model):
         for role, quantizer in layer.quantizers.items():
@@ -273,7 +278,7 @@ def _finish_blocks(
     seed: int,
 ) -> list[BlockReport]:
     search = recipe.search
-    order = [name for name in store.order() if quantizers_of(blocks[name])]  # a block may have been left float
+    order = _to_search(blocks, store)
     inputs = QuantizedInputs(model, blocks, samples, task, store) if search.block_input == "quantized" else None
     reports = []
     with SearchBar({name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_first()) as bar:

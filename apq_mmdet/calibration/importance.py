@@ -5,7 +5,7 @@ random. The gradient is therefore taken at a disturbed point, and one that is no
 or not finite, is refused. There are two kinds of disturbance:
 
 * 'disturbed': the model quantized to its observed ranges; the importance is the gradient there.
-* 'perturbation': the float model with every block output shifted by +e and by -e; the importance is
+* 'perturbation': the float model with every weighed block output shifted by +e and by -e; the importance is
   ``|g(+e) - g(-e)|``, a finite difference along e. This is a reconstruction of the importance of APHQ-ViT (Wu et al.,
   CVPR 2025). Its official code shifts one block at a time, every element by the constant 1e-6, under the RPN's loss
   alone. Here all blocks are shifted at once, so that two backward passes an image do however many blocks there are,
@@ -116,7 +116,9 @@ def capture_gradients(
             def gradients(shift: Shift, image: int = image, teacher: Any = teacher, context: Any = context) -> Grads:
                 return _gradients(model, blocks, samples[image], task, teacher, context, shift)
 
-            for (name, index), grads in IMPORTANCES[importance](model, gradients, image).items():
+            found = IMPORTANCES[importance](model, gradients, image)
+            _check_calls(captured, image, store, found)
+            for (name, index), grads in found.items():
                 seen[name] |= any(bool(g.any()) for g in grads)
                 store.add_grads(name, image, index, grads)
             release_freed()
@@ -195,7 +197,9 @@ def _gradients(
         scaled = loss * GRADIENT_SCALE
     _check_disturbed(student, teacher, loss)
     flat = [t for tensors in outputs.values() for t in tensors if t.requires_grad]  # others are no floats
-    grads = iter(torch.autograd.grad(scaled, flat, allow_unused=True))
+    # on some images what is weighed may have no say, such as a head without RoIs
+    told = torch.autograd.grad(scaled, flat, allow_unused=True) if scaled.requires_grad else [None] * len(flat)
+    grads = iter(told)
     found = {key: [next(grads) if t.requires_grad else None for t in tensors] for key, tensors in outputs.items()}
     result = {
         key: [torch.zeros_like(t) if g is None else g for t, g in zip(outputs[key], of_call, strict=True)]
@@ -209,13 +213,23 @@ def _gradients(
     return result
 
 
+def _check_calls(blocks: list[str], image: int, store: CaptureStore, grads: Grads) -> None:
+    for name in blocks:
+        before, now = store.number_of_calls(name, image), sum(1 for block, _ in grads if block == name)
+        if before != now:
+            raise CalibrationError(
+                f"block {name!r} ran {before} times in the float pass of image {image}, but {now} times when gradients "
+                f"were taken: its outputs and gradients do not belong together"
+            )
+
+
 def _check_disturbed(student: Any, teacher: Any, loss: Tensor) -> None:
     pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
     power = sum(float(t.double().square().sum()) for _, t in pairs)
     error = sum(float((s.detach() - t).double().square().sum()) for s, t in pairs)
     if not torch.isfinite(loss):
         raise CalibrationError("the calibration loss is not finite: the model's outputs hold NaN or infinity")
-    if not loss.requires_grad or error <= LEAST_DISTURBANCE**2 * power:
+    if error <= LEAST_DISTURBANCE**2 * power:
         raise CalibrationError(
             "the calibration loss was taken at an undisturbed point (the student equals the float model), where its "
             "gradient is zero or rounding noise; quantize the student before taking gradients"

@@ -25,8 +25,8 @@ class Objective(ABC):
         eliminate_by: rank by |e| ('error'), |g| ('gradient') or |g e| ('weighted').
 
     Attributes:
-        uses_gradients: whether elements of small gradient cost little. Where no cost looks at gradients, there are
-            none.
+        uses_gradients: whether the cost is weighed by gradients, so that elements of small gradient cost little. A
+            cost that is not is given none.
     """
 
     uses_gradients = True

@@ -43,8 +43,8 @@ class SearchConfig:
         shortlist: 0 for the exact form; else only so many best candidates of the module metric are judged at the block.
         windows: 0 for all; else blocks of windowed attention are judged on a crop of windows x windows per image.
         rows: 0 for all; else heads are judged on at most so many RoIs per image.
-        tokens: 0 for all; else a call whose units (windows, patches) do not see each other is represented by some of
-            them, spread over the image, of at most so many output positions: in all that is done to its block.
+        tokens: 0 for all; else a call whose units (windows, patches, RoIs) do not see each other is represented by a
+            random sample of them, of at most so many tokens (a RoI counts as one), in all that is done to its block.
     """
 
     metric: str = "block"

@@ -129,7 +129,8 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
     def evaluate(candidates: list[int], share: float) -> Tensor:
         return errors.of(slot, [grid[i] for i in candidates], share, errors.objective)
 
-    if in_closed_form(search, slot.layer, slot.role):
+    if in_closed_form(search, slot.layer, slot.role, len(grid)):
+        # all at once and without screens: up to a constant these are no sums of non-negative terms
         found = weight_errors(slot.layer, errors.recorded(slot.layer), grid)
         alike = torch.ones(len(grid), dtype=torch.float64)
         return _chosen(best_candidate(lambda some, _: found[some], alike, 0.0, {}, slot.name), grid)

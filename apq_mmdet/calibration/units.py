@@ -29,7 +29,7 @@ class Parts:
         args: inputs of the units; every tensor has the units on axis 0.
         to_units: takes an output of the block, or a gradient of one, to [units, ...].
         padding: int64 [units], output elements of each unit that stand for nothing; None where there are none.
-        tokens: output positions of a unit.
+        tokens: of a unit, by which a sample's size is reckoned; patches and RoIs count as one.
     """
 
     args: tuple[Any, ...]
@@ -81,7 +81,7 @@ class UnitCall:
         image: the image's index.
         elements: number of output elements of the whole call without padding, also where only some units are held.
         separable: whether units can be judged apart.
-        tokens: output positions of a unit, such as the tokens of a window.
+        tokens: of a unit: those of a window; a patch or a RoI counts as one.
         float_args: the float model's ``args``, where those are what quantized blocks give; else None.
     """
 
@@ -127,7 +127,7 @@ class UnitCall:
         return self.map(lambda t: t[order])
 
     def sampled(self, tokens: int) -> "UnitCall":
-        """Units of about so many tokens, at least one, spread over all degrees of importance; all of them for 0."""
+        """A random sample of the units, of at most so many tokens but at least one unit; all of them for 0."""
         number = max(1, tokens // self.tokens)
         if not tokens or not self.separable or number >= len(self.targets):
             return self
@@ -159,9 +159,8 @@ class UnitCall:
 
 
 def scattered(number: int) -> Tensor:
-    """An order of so many units, int64, any first part of which is spread evenly over all of them."""
-    golden = (math.sqrt(5) - 1) / 2
-    return (torch.arange(number, dtype=torch.float64) * golden).frac().argsort()
+    """A random order of so many units, the same for the same number, int64: any part of it is a sample of them."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))
 
 
 def rows_of(outputs: list[Tensor], units: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.columns import TOKENS, columns_of, has_columns
+from apq_mmdet.calibration.columns import MOST_INPUTS, TOKENS
 from apq_mmdet.calibration.distributed import by_shard, gather
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.scoring import Candidate
@@ -23,17 +23,23 @@ from apq_mmdet.layers.base import QuantizedLayer
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 
-def in_closed_form(search: SearchConfig, layer: QuantizedLayer, role: str) -> bool:
-    """Whether a search asks for plain squared errors at the output of a layer, of a weight for which sums tell them."""
+def in_closed_form(search: SearchConfig, layer: QuantizedLayer, role: str, candidates: int) -> bool:
+    """Whether sums over tokens tell what a search asks for, with less work than a run for each candidate.
+
+    They tell plain squared errors at the output of a linear layer. (A convolution's columns are many times its input.)
+    """
     plain = search.objective["type"] == "mse" and not search.objective.get("eliminate")
-    return search.metric == "module" and plain and role == "weight" and has_columns(layer)
+    if not (search.metric == "module" and plain and role == "weight" and layer.kind == "Linear"):
+        return False
+    outputs, inputs = layer.weight.shape
+    return inputs <= MOST_INPUTS and 2 * inputs < candidates * outputs
 
 
 def weight_errors(layer: QuantizedLayer, calls: UnitCalls, candidates: Sequence[Candidate]) -> Tensor:
     """Squared error of the layer's output for each candidate of its weight, up to a common constant.
 
     Args:
-        layer: one that ``has_columns``; its input is quantized as its quantizer is set.
+        layer: linear; its input is quantized as its quantizer is set.
         calls: of the layer in the float block, on this process' images; sums are those of all processes.
         candidates: of the weight's range.
 
@@ -46,10 +52,9 @@ def weight_errors(layer: QuantizedLayer, calls: UnitCalls, candidates: Sequence[
             total = part if total is None else total.add_(part)
     if total is None:
         return torch.zeros(len(candidates), dtype=torch.float64)
-    weight = layer.weight.flatten(1)  # [N, K]
-    gram, mixed = total.to(weight.device)
-    slope = 2 * (weight.double() @ mixed.T)  # [N, K]
-    errors = torch.stack([_error(layer, candidate, gram.to(weight.dtype), slope) for candidate in candidates])
+    gram, mixed = total.to(layer.weight.device)
+    gram, slope = gram.to(layer.weight.dtype), 2 * (layer.weight.double() @ mixed.T)  # [K, K], [N, K]
+    errors = torch.stack([_error(layer, candidate, gram, slope) for candidate in candidates])
     return gather(errors)[0]  # machines that compute differently still end alike
 
 
@@ -57,9 +62,9 @@ def _sums(layer: QuantizedLayer, group: Iterator[Batch]) -> Tensor:
     """G and H over the calls of a shard, float64 [2, K, K]; the products in float32, some tokens at a time."""
     total = layer.weight.new_zeros(2, layer.depth, layer.depth, dtype=torch.float64)
     for batch in group:
-        x = tensors_of((batch.stacked.args, batch.stacked.kwargs))[0]
-        columns = (columns_of(layer, t) for t in (layer.divided_input(x), layer.quantize("input", x)))
-        for floats, quantized in zip(*(t.split(TOKENS) for t in columns), strict=True):
+        (x,) = tensors_of((batch.stacked.args, batch.stacked.kwargs))
+        for part in x.flatten(0, -2).split(TOKENS):
+            floats, quantized = layer.divided_input(part), layer.quantize("input", part)  # [tokens, K]
             total[0] += quantized.T @ quantized
             total[1] += quantized.T @ (quantized - floats)
     return total
@@ -69,6 +74,6 @@ def _error(layer: QuantizedLayer, candidate: Candidate, gram: Tensor, slope: Ten
     """tr(D G D^T) + 2 tr(D H W^T), a float64 scalar on the CPU."""
     quantizer = layer.quantizers["weight"]
     quantizer.set_parameters(*quantizer.parameters_for(*quantizer.observed, *candidate))
-    change = (quantizer.fake_quantize(layer.weight) - layer.weight).flatten(1)  # [N, K]
+    change = quantizer.fake_quantize(layer.weight) - layer.weight  # [N, K]
     squares = ((change @ gram) * change).sum(dtype=torch.float64)
     return (squares + (change * slope).sum()).cpu()

@@ -64,7 +64,7 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
                 ranked += search.rounds * at_layer
                 judged += search.rounds * at_block
                 own = _layer_operations(layer, calls)
-                if in_closed_form(search, layer, role):
+                if in_closed_form(search, layer, role, at_layer):
                     matrix = 2 * layer.weight.numel() * layer.depth  # [N, K] times [K, K]
                     fixed_operations += search.rounds * at_layer * matrix
                     search_operations += search.rounds * SUMS * own * layer.depth // len(layer.weight)
@@ -112,9 +112,10 @@ def _compensation(
 ) -> tuple[int, int]:
     """Of the sums over tokens on the image, and of the closed forms behind them.
 
-    For each layer [N, K] the float and the quantized block run, and every token adds to two [K, K] matrices; behind
-    them each range that is tried, the regression and the spread rounding take a product of [N, K] and [K, K], and
-    triangular factors and inverses about K^3 multiply-accumulates.
+    For each layer [N, K] the float and the quantized block run, at most to their ends, and every token adds to two
+    [K, K] matrices; behind them each range that is tried takes a product of [N, K] and [K, K] in float32, the
+    regression and the spread rounding one in float64, and triangular factors and inverses about K^3
+    multiply-accumulates.
     """
     block = sum(call.operations for call in calls)
     runs = 1 + (BACKWARD if config.weighted else 1)
@@ -123,8 +124,8 @@ def _compensation(
         if own := _layer_operations(layer, calls):
             tokens, square = own // (2 * layer.weight.numel()), layer.depth**2
             sums += runs * block + FLOAT64 * 2 * tokens * 2 * square
-            products = config.ranges + config.activations + config.rounding
-            closed_forms += FLOAT64 * 2 * square * (products * len(layer.weight) + layer.depth)
+            rows = config.ranges + FLOAT64 * (config.activations + config.rounding)
+            closed_forms += 2 * square * (rows * len(layer.weight) + FLOAT64 * layer.depth)
     return sums, closed_forms
 
 

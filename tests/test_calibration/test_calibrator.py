@@ -149,6 +149,40 @@ def test_gradients_are_taken_where_something_weighs_errors_by_them(changes, weig
     assert names == list(partition(model))
 
 
+class Headed(nn.Module):
+    """A model whose head runs on some images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.body(x)
+        return (x, self.head(x)) if len(x) > 2 else (x,)
+
+
+@pytest.mark.parametrize("sizes", [(5, 2), (2, 5), (2, 2)])
+def test_images_on_which_nothing_that_is_weighed_has_a_say(sizes):
+    search = dict(metric="module", rounds=1, grids=short_grids(3), objective=dict(type="mse"))
+    search["objectives"] = dict(heads=dict(pattern="head", type="hessian"))
+    settings = recipe("minmax", search=search, on_unseen="float", scope="detector")
+    torch.manual_seed(0)
+    model = Headed()
+    quantize_model(model, settings.policy)
+    report = calibrate(model, [torch.randn(size, 4) for size in sizes], settings)
+    assert [block.block for block in report.blocks] == ["body", "head"][: 1 + (5 in sizes)]
+
+
+def test_a_block_that_runs_less_often_for_gradients_is_named(monkeypatch):
+    monkeypatch.setattr(FeatureTask, "student", lambda self, model, x, context: [model.body(x)] * 2)
+    monkeypatch.setattr(FeatureTask, "loss", lambda self, student, teacher, context: student[0].square().sum())
+    settings = recipe("apq", search=dict(rounds=1, grids=short_grids(3)), scope="detector")
+    model = Headed()
+    quantize_model(model, settings.policy)
+    with pytest.raises(CalibrationError, match=r"block 'head' ran 1 times in the float pass of image 0, but 0 times"):
+        calibrate(model, [torch.randn(5, 4)], settings)
+
+
 def test_quantized_inputs_are_those_of_the_quantized_model():
     settings = recipe("apq", search=dict(grids=short_grids(2), rounds=1, block_input="quantized"))
     model, seen, given = quantized_swin(settings), {}, {}

@@ -390,3 +390,30 @@ def test_a_swin_block_gets_better_on_new_data_too(index):
     assert compensated[1] < 0.9 * searched[1]
     for part in (CompensationConfig(rounding=False), CompensationConfig(activations=False)):
         assert block_errors(index, part)[0] < searched[0]
+
+
+@pytest.mark.parametrize(("weighted", "expected"), [(False, [7, 5, 3]), (True, [7, 6, 5])])
+def test_blocks_run_no_further_than_to_what_is_looked_at(weighted, expected):
+    """Once for their order; then float and quantized for each of three layers, in whole where gradients are wanted."""
+    block, calls = prepared(nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))), correlated())
+    runs = [0, 0, 0]
+
+    def count(index: int) -> None:
+        runs[index] += 1
+
+    for index, layer in enumerate(block):
+        layer.register_forward_pre_hook(lambda *_, index=index: count(index))
+    compensate(block, calls, CompensationConfig(weighted=weighted))
+    assert runs == expected
+
+
+def test_weights_are_quantized_once_for_each_look_at_the_block(monkeypatch):
+    block, calls = prepared(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), correlated(images=3))
+    monkeypatch.setattr("apq_mmdet.calibration.units.TILE_ELEMENTS", 6)  # a token a tile
+    quantized = []
+    for layer in block:
+        quantizer = layer.quantizers["weight"]
+        fake_quantize = quantizer.fake_quantize
+        monkeypatch.setattr(quantizer, "fake_quantize", lambda x, q=fake_quantize: quantized.append(1) or q(x))
+    compensate(block, calls, CompensationConfig(weighted=False))
+    assert len(quantized) < 20  # of 183 tokens

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_calls, build_swin, recipe, short_grids
+from helpers import as_calls, build_swin, observed, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
@@ -225,6 +225,38 @@ def test_calls_of_layers_without_gradients_take_no_more_than_the_run_up_to_them(
         assert torch.equal(alone.targets, whole[layer].targets)
         with float_only(block), torch.no_grad():
             assert torch.equal(layer(*alone.args).reshape(alone.targets.shape), alone.targets)
+
+
+class Twice(nn.Module):
+    """A block whose first layer runs once on some inputs and twice on others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(self.first(y.tanh()) if x.dim() == 2 else y)
+
+
+@pytest.mark.parametrize("order", [(2, 3), (3, 2)])
+def test_layers_that_run_twice_are_seen_twice(order, monkeypatch):
+    """However a search looks at them: all layers at once, or each in a run that ends behind it."""
+    block = Twice()
+    quantize_model(block, recipe("minmax", scope="detector").policy)
+    inputs = [torch.randn(4, *[2] * (dims - 2), 6) for dims in order]
+    observed(block, [(x,) for x in inputs])
+    with float_only(block), torch.no_grad():
+        calls = as_calls(
+            [to_units(block, BlockCall((x,), {}, [block(x)], None, image)) for image, x in enumerate(inputs)]
+        )
+    assert layer_runs(block, calls) == {"first": 2, "last": 1}
+    search = recipe("apq", search=dict(metric="module", objective=dict(type="mse"))).search
+    for most in (2**28, 0):
+        monkeypatch.setattr("apq_mmdet.calibration.search.MOST_RECORDED", most)
+        errors = SlotErrors(block, calls, search, layer_runs(block, calls))
+        found = [len(errors.recorded(layer)) for layer in (block.first, block.last)]
+        assert found == [3, 2]
 
 
 def test_window_sampling_is_a_valid_crop():

@@ -45,7 +45,7 @@ def slow_obq(weight, hessian, scale, low, high):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("columns", [7, COLUMNS + 3])
+@pytest.mark.parametrize("columns", [7, 2 * COLUMNS + 3])
 def test_rounding_is_that_of_a_slow_obq(seed, columns):
     weight, hessian, scale, low, high = problem(columns=columns, bits=3, seed=seed)
     hessian += 0.1 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
