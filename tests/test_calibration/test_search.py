@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_calls, build_swin, observed, recipe, short_grids
+from helpers import build_swin, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.objectives import Objective
-from apq_mmdet.calibration.replay import layer_calls, layer_runs
 from apq_mmdet.calibration.sampling import sample_call, sample_rows
 from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, SlotErrors, search_block
@@ -187,76 +186,6 @@ def test_module_metric_of_the_first_layer_against_brute_force():
             total += float((g.double().reshape(-1)[kept] * e[kept]).square().sum())
         errors.append(total)
     assert got[f"{name}.weight"] == factors[errors.index(min(errors))]
-
-
-def test_module_gradients_are_those_of_the_float_block():
-    block, calls = prepared(0, recipe("minmax"))
-    view, call = unit_module(block), to_units(block, calls[1])
-    layers = [layer for _, layer in quantized_layers(block)]
-    recorded = dict(layer_calls(view, call, layers, gradients=True, runs=len(layers)))
-    last = recorded[block.ffn.layers[1]]
-    # the last linear is followed by the residual sum alone, and never sees padding
-    dense = calls[1].grads[0][0]
-    assert last.grads.shape == dense.shape
-    assert torch.equal(last.grads.sort(0).values, dense.sort(0).values)
-    energy = last.grads.square().sum(1)
-    assert torch.equal(energy, energy.sort(descending=True).values)  # each layer's most important tokens first
-    with float_only(block), torch.no_grad():
-        assert torch.equal(block.ffn.layers[1](*last.args), last.targets)
-
-
-def test_calls_of_layers_without_gradients_take_no_more_than_the_run_up_to_them():
-    block, calls = prepared(0, recipe("minmax"))
-    view, call = unit_module(block), to_units(block, calls[1])
-    runs = layer_runs(view, as_calls([call]))
-    assert runs == dict.fromkeys(dict(quantized_layers(view)), 1)
-    layers = {name: view.get_submodule(name) for name in runs}  # as they are executed
-    whole = dict(layer_calls(view, call, list(layers.values()), gradients=False, runs=len(layers)))
-    ran = []
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-    for position, (name, layer) in enumerate(layers.items()):
-        ran.clear()
-        ((found, alone),) = layer_calls(view, call, [layer], gradients=False, runs=1)
-        assert found is layer
-        assert ran == list(layers)[: position + 1], name
-        assert alone.grads is None
-        assert not alone.targets.requires_grad
-        assert torch.equal(alone.targets, whole[layer].targets)
-        with float_only(block), torch.no_grad():
-            assert torch.equal(layer(*alone.args).reshape(alone.targets.shape), alone.targets)
-
-
-class Twice(nn.Module):
-    """A block whose first layer runs once on some inputs and twice on others."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        y = self.first(x)
-        return self.last(self.first(y.tanh()) if x.dim() == 2 else y)
-
-
-@pytest.mark.parametrize("order", [(2, 3), (3, 2)])
-def test_layers_that_run_twice_are_seen_twice(order, monkeypatch):
-    """However a search looks at them: all layers at once, or each in a run that ends behind it."""
-    block = Twice()
-    quantize_model(block, recipe("minmax", scope="detector").policy)
-    inputs = [torch.randn(4, *[2] * (dims - 2), 6) for dims in order]
-    observed(block, [(x,) for x in inputs])
-    with float_only(block), torch.no_grad():
-        calls = as_calls(
-            [to_units(block, BlockCall((x,), {}, [block(x)], None, image)) for image, x in enumerate(inputs)]
-        )
-    assert layer_runs(block, calls) == {"first": 2, "last": 1}
-    search = recipe("apq", search=dict(metric="module", objective=dict(type="mse"))).search
-    for most in (2**28, 0):
-        monkeypatch.setattr("apq_mmdet.calibration.search.MOST_RECORDED", most)
-        errors = SlotErrors(block, calls, search, layer_runs(block, calls))
-        found = [len(errors.recorded(layer)) for layer in (block.first, block.last)]
-        assert found == [3, 2]
 
 
 def test_window_sampling_is_a_valid_crop():
