@@ -134,7 +134,7 @@ def calibrate(
         with _all_or_nothing(model), CaptureStore(capture_dir, memory_budget // HELD) as store, torch.no_grad():
             for quantizer in quantizers_of(model):
                 quantizer.use_observer(recipe.observer)
-            _float_pass(model, blocks if recipe.search else {}, samples, task, store)
+            float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
             _transform(blocks, store, recipe.equalize)
             _take_observed_ranges(model)
@@ -174,7 +174,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _float_pass(
+def float_pass(
     model: nn.Module,
     blocks: dict[str, nn.Module],
     samples: Sequence[Any],

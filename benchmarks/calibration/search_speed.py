@@ -20,13 +20,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
-from apq_mmdet.calibration.calibrator import _float_pass
+from apq_mmdet.calibration.calibrator import float_pass
 from apq_mmdet.calibration.importance import capture_gradients
 from apq_mmdet.calibration.progress import Silent
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore, TensorStore
-from apq_mmdet.calibration.units import UnitCalls, to_units
+from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.engine import command
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode
@@ -62,7 +62,7 @@ def capture(args: argparse.Namespace) -> dict[str, tuple[nn.Module, list[BlockCa
     loop.model.eval()
     blocks = {name: block for name, block in partition(loop.model).items() if name in args.blocks}
     with CaptureStore(memory=2**34) as store, torch.no_grad():
-        _float_pass(loop.model, blocks, loop.images, loop.task, store)
+        float_pass(loop.model, blocks, loop.images, loop.task, store)
         for quantizer in quantizers_of(loop.model):
             quantizer.set_range_factor(1.0)
         capture_gradients(loop.model, blocks, loop.images, loop.task, store)
@@ -79,12 +79,10 @@ def config(metric: str, candidates: int) -> SearchConfig:
 def ours(block: nn.Module, calls: list[BlockCall], search: SearchConfig) -> tuple[dict[str, float], dict[str, float]]:
     """The chosen factors, and the seconds of each quantizer over all rounds."""
     units = UnitCalls(TensorStore(memory=2**34), "block")
-    view = block
     for call in calls:
-        view, stacked = to_units(block, call)
-        units.add(stacked)
+        units.add(to_units(block, call))
     clock = Clock()
-    chosen = search_block(view, units, search, clock)
+    chosen = search_block(unit_module(block), units, search, clock)
     clock.quantizer("")
     return chosen, {name: s for name, s in clock.seconds.items() if name}
 

@@ -1,0 +1,67 @@
+"""The benchmarks of the search, on a small Swin block in place of a captured one."""
+
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+import search_speed
+import time_shares
+import torch
+from helpers import build_swin, observed, recipe
+
+from apq_mmdet.calibration.blocks import BlockCall, partition
+from apq_mmdet.layers import quantize_model, quantized_layers
+
+NAME = "stages.0.blocks.1"
+
+
+@pytest.fixture
+def captured():
+    """What ``search_speed.capture`` gives: a block whose ranges are observed, and its calls on two images."""
+    swin = build_swin()
+    quantize_model(swin, recipe("apq").policy)
+    block = partition(swin)[NAME]
+    inputs = [(torch.randn(1, 9 * 15, 8), (9, 15)) for _ in range(2)]
+    outputs = observed(block, inputs)
+    calls = [
+        BlockCall(args, {}, [output], [torch.randn_like(output)], image)
+        for image, (args, output) in enumerate(zip(inputs, outputs, strict=True))
+    ]
+    return {NAME: (block, calls)}
+
+
+@pytest.mark.parametrize("metric", ["module", "block"])
+def test_search_and_plain_loop_choose_alike(captured, metric):
+    block, calls = captured[NAME]
+    found = search_speed.compare(block, calls, metric, Namespace(candidates=4, short=4, plain_samples=1))
+    assert found["choices_that_differ_on_the_short_grid"] == {}
+    assert set(found["times_faster_by_layer"]) == set(dict(quantized_layers(block)))
+    assert found["images"] == 2
+    assert min(found["seconds"], found["plain_seconds_scaled"]) >= 0
+
+
+def test_a_search_that_chooses_otherwise_is_told(captured, monkeypatch):
+    block, calls = captured[NAME]
+    found = search_speed.ours
+
+    def broken(*args):
+        chosen, seconds = found(*args)
+        return {**chosen, "ffn.layers.1.input": 0.25}, seconds
+
+    monkeypatch.setattr(search_speed, "ours", broken)
+    told = search_speed.compare(block, calls, "module", Namespace(candidates=2, short=2, plain_samples=1))
+    assert list(told["choices_that_differ_on_the_short_grid"]) == ["ffn.layers.1.input"]
+
+
+def test_shares_of_time_are_written(captured, monkeypatch, tmp_path):
+    out = tmp_path / "shares.json"
+    monkeypatch.setattr(time_shares, "capture", lambda args: captured)
+    monkeypatch.setattr(time_shares, "rates", lambda: (1e9, 1e9))
+    monkeypatch.setattr(sys, "argv", ["time_shares.py", "float.py", "float.pth", "--candidates", "2", "--out", str(out)])
+    time_shares.main()
+    (row,) = json.loads(out.read_text())["blocks"]
+    assert row["block"] == NAME
+    assert row["gemm_operations"] > 0
+    assert row["bytes_written"] > 0
+    assert sum(row["share"].values()) + row["share_other"] == pytest.approx(1, abs=0.03)
