@@ -113,8 +113,7 @@ def calibrate(
             ``capture_dir``.
 
     Raises:
-        BadInputError: a grid holds no factor that a format allows, weights are of half precision, or an earlier
-            calibration has changed them.
+        BadInputError: see ``check_model``.
         CalibrationError: no samples, a quantizer that saw no data, or NaN or infinite values, a zero or non-finite
             gradient.
 
@@ -124,8 +123,7 @@ def calibrate(
     if not len(samples):
         raise CalibrationError("no calibration samples")
     start = time.perf_counter()
-    check_grids(model, recipe.search)
-    _check_weights(model)
+    check_model(model, recipe)
     task = task or FeatureTask()
     blocks = partition(model)
     training = [module for module in model.modules() if module.training]
@@ -151,6 +149,18 @@ def calibrate(
     return CalibrationReport(reports, left_float, time.perf_counter() - start)
 
 
+def check_model(model: nn.Module, recipe: Recipe) -> None:
+    """Find what makes the calibration of a quantized model impossible, without any data.
+
+    Raises:
+        BadInputError: a grid holds no factor that a format allows, a layer is part of two blocks, weights are of half
+            precision, or an earlier calibration has changed them.
+    """
+    _check_weights(model)
+    _check_grids(model, recipe.search)
+    partition(model)
+
+
 def _check_weights(model: nn.Module) -> None:
     if getattr(model, "weights_changed_by_calibration", False):
         raise BadInputError(
@@ -161,6 +171,19 @@ def _check_weights(model: nn.Module) -> None:
         weight = next(layer.parameters(recurse=False), None)
         if weight is not None and weight.dtype in (torch.float16, torch.bfloat16):
             raise BadInputError(f"layer {name!r} has weights of {weight.dtype}: calibrate in float32 (model.float())")
+
+
+def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:
+    if search is None:
+        return
+    for name, layer in quantized_layers(model):
+        for role, quantizer in layer.quantizers.items():
+            if not search.candidates(layer.kind, role, quantizer):
+                key = role if role in search.grids else layer.kind
+                raise BadInputError(
+                    f"quant.search.grids.{key} {search.grids[key]} holds no range factor of at least "
+                    f"{quantizer.min_factor}, which the format of {name} ({role}) asks for"
+                )
 
 
 @contextmanager
@@ -218,20 +241,6 @@ def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: floa
             if centered:
                 center_inputs(block, module, calls, strength)
             calls.drop()
-
-
-def check_grids(model: nn.Module, search: SearchConfig | None) -> None:
-    """Raise BadInputError where a grid holds no range factor that a quantizer's format allows."""
-    if search is None:
-        return
-    for name, layer in quantized_layers(model):
-        for role, quantizer in layer.quantizers.items():
-            if not search.candidates(layer.kind, role, quantizer):
-                key = role if role in search.grids else layer.kind
-                raise BadInputError(
-                    f"quant.search.grids.{key} {search.grids[key]} holds no range factor of at least "
-                    f"{quantizer.min_factor}, which the format of {name} ({role}) asks for"
-                )
 
 
 def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:

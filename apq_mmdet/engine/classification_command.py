@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.device import get_device
 
 import apq_mmdet
-from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate
+from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate, check_model
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
 from apq_mmdet.engine.block_states import BlockStatesOnDisk
@@ -134,6 +134,7 @@ class ClassificationRun:
         self.float_bytes = self._float_bytes()
         self.data = data_config(self.model, args.model_args)
         self.table = quantize_model(self.model, self.recipe.policy)
+        check_model(self.model, self.recipe)
         self.model.to(get_device())
         transform = make_transform(self.data)
         self.images = FolderImages(args.calib_dir, args.num_calib, args.seed, transform)

@@ -13,7 +13,7 @@ from mmengine.dist import get_dist_info
 from torch import nn
 
 from apq_mmdet.calibration.blocks import partition
-from apq_mmdet.calibration.calibrator import HELD, check_grids
+from apq_mmdet.calibration.calibrator import HELD, check_model
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.calibration.recipe import Recipe
@@ -135,9 +135,9 @@ def make_plan(
         model, images, task, recipe, memory_budget: as for ``calibrate``; the model is left as it was.
 
     Raises:
-        BadInputError: a grid holds no factor that a format allows.
+        BadInputError: see ``check_model``.
     """
-    check_grids(model, recipe.search)
+    check_model(model, recipe)
     blocks = partition(model)
     sample = images[0]
     was_training = model.training

@@ -9,7 +9,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop
 
 import apq_mmdet
-from apq_mmdet.calibration.calibrator import MEMORY_BUDGET, CalibrationReport, calibrate
+from apq_mmdet.calibration.calibrator import MEMORY_BUDGET, CalibrationReport, calibrate, check_model
 from apq_mmdet.datasets.calibration import (
     CalibrationImages,
     calibration_from_config,
@@ -72,6 +72,7 @@ class PTQLoop(TestLoop):
         self.allow_overlap, self.seen = allow_overlap, 0
         standalone_config(runner.cfg, [])  # whatever cannot be written is told now
         self.float_meta = load_float_weights(self.model, checkpoint)
+        check_model(self.model, self.model.recipe)
         if evaluate or eval_float:
             self._build_evaluation(runner, dataloader, evaluator, fp16)
         self.images = self._calibration_images(runner, num_calib, calib_dir)

@@ -58,7 +58,8 @@ def test_shares_of_time_are_written(captured, monkeypatch, tmp_path):
     out = tmp_path / "shares.json"
     monkeypatch.setattr(time_shares, "capture", lambda args: captured)
     monkeypatch.setattr(time_shares, "rates", lambda: (1e9, 1e9))
-    monkeypatch.setattr(sys, "argv", ["time_shares.py", "float.py", "float.pth", "--candidates", "2", "--out", str(out)])
+    line = ["time_shares.py", "float.py", "float.pth", "--candidates", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", line)
     time_shares.main()
     (row,) = json.loads(out.read_text())["blocks"]
     assert row["block"] == NAME

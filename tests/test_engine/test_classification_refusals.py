@@ -43,6 +43,7 @@ def few(folders, tmp_path) -> Path:
         (["--model-args", "num_classes=0"], "gives no class scores"),
         (["--cfg-options", "quant.overrides.mine.pattern=*.qvk"], r"'\*\.qvk'.*matches no layer"),
         (["--cfg-options", "quant.searsh.rounds=1"], "quant.*'searsh'.*did you mean 'search'"),
+        (["--recipe", "apq", "--cfg-options", "quant.search.grids.MatMul=(0.1,0.5,4)"], "holds no range factor"),
         (["--cfg-options", "w_bits=2"], "w_bits would change nothing here: write quant.w_bits"),
         (["--cfg-options", "model.quant.w_bits=2"], "write quant.w_bits"),
         (["--cfg-options", "quant=5"], "would change nothing here"),

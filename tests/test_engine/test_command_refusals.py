@@ -93,6 +93,7 @@ def test_a_pickle_with_code_is_refused(config, tmp_path, capsys):
         (["--cfg-options", "test_pipeline.99.type=Resize"], "--cfg-options: .*99"),
         (["--cfg-options", "model.backbone.embed_dim=32"], "cannot be built.*embed_dim"),
         (["--cfg-options", "model.quant.serach=1"], "did you mean 'search'"),
+        (["--recipe", "apq", "--cfg-options", "model.quant.search.grids.MatMul=(0.1,0.5,4)"], "holds no range factor"),
         (["--cfg-options", "train_dataloader.dataset.ann_file=no.json"], "training set cannot be read.*--calib-dir"),
         (["--cfg-options", "test_dataloader.dataset.ann_file=no.json"], "evaluation data cannot be read.*--no-eval"),
     ],
@@ -100,6 +101,7 @@ def test_a_pickle_with_code_is_refused(config, tmp_path, capsys):
 def test_bad_options(config, tmp_path, capsys, options, message):
     assert quantize(config, tmp_path / "w", *options) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "w" / "calibration").exists()  # where work begins
 
 
 @pytest.mark.parametrize("which", ["config", "checkpoint"])
