@@ -2,6 +2,8 @@
 
 import difflib
 import math
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from apq_mmdet.errors import BadInputError
@@ -11,9 +13,28 @@ def refuse_unknown(keys: Any, known: Any, where: str) -> None:
     """Raise BadInputError with the nearest known key if ``keys`` holds an unknown one."""
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
-            raise BadInputError(f"{where}: unknown key {key!r}; {hint}")
+            raise BadInputError(f"{where}: unknown key {key!r}; {_hint(key, known)}")
+
+
+def check_choice(value: Any, choices: Iterable[str], where: str) -> Any:
+    """``value`` if it is one of the choices, else BadInputError with the nearest of them."""
+    choices = list(choices)  # a dict would not take a value that cannot be hashed
+    if value not in choices:
+        raise BadInputError(f"{where}: unknown value {value!r}; {_hint(value, choices)}")
+    return value
+
+
+def _hint(wrong: Any, known: Iterable[Any]) -> str:
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(str(wrong), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def check_fields(config: Any, cls: type, where: str, expected: str) -> dict[str, Any]:
+    """A copy of ``config`` if it is a dict of fields of a dataclass, else BadInputError."""
+    config = check_dict(config, where, expected)
+    refuse_unknown(config, [f.name for f in fields(cls)], where)
+    return config
 
 
 def check_dict(value: Any, where: str, expected: str) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import difflib
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from apq_mmdet.checks import check_bool, check_dict, refuse_unknown
+from apq_mmdet.checks import check_bool, check_choice, check_dict, check_fields, refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.registry import QUANTIZERS
 
@@ -92,7 +92,7 @@ class Rule:
         refuse_unknown(rule, ("pattern", "kind", "float", "bits", "max_bits", *ROLES), where)
         kind = rule.get("kind")
         if kind is not None:
-            refuse_unknown([kind], KINDS, f"{where}.kind")
+            check_choice(kind, KINDS, f"{where}.kind")
         roles: dict[str, dict[str, Any] | None] = {}
         bits, max_bits = (check_bits(rule[key], f"{where}.{key}") if key in rule else None for key in BITS_KEYS)
         if max_bits is not None and (bits is not None or rule.get("float") or not set(ROLES) & set(rule)):
@@ -114,12 +114,11 @@ class Rule:
 
 def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:
     where = f"{where}.{role}"
-    given = check_dict(given, where, "dict(bits=..., format=..., ...) or None")
-    refuse_unknown(given, [f.name for f in fields(QuantizerSpec)], where)
+    given = check_fields(given, QuantizerSpec, where, "dict(bits=..., format=..., ...) or None")
     if "bits" in given:
         check_bits(given["bits"], where)
     if "format" in given:
-        refuse_unknown([given["format"]], sorted(QUANTIZERS.module_dict), f"{where}.format")
+        check_choice(given["format"], sorted(QUANTIZERS.module_dict), f"{where}.format")
     if "symmetric" in given:
         check_bool(given["symmetric"], f"{where}.symmetric")
     return given
@@ -154,11 +153,10 @@ class Policy:
         Raises:
             BadInputError: unknown key, bits out of range, unknown scope, format or role.
         """
-        refuse_unknown(policy, [f.name for f in fields(cls)], where)
-        policy = dict(policy)
+        policy = check_fields(policy, cls, where, "dict(w_bits=..., a_bits=..., ...)")
         for key in ("w_bits", "a_bits"):
             policy[key] = check_bits(policy.get(key, 8), f"{where}.{key}")
-        refuse_unknown([policy.get("scope", "backbone")], SCOPES, f"{where}.scope")
+        check_choice(policy.get("scope", "backbone"), SCOPES, f"{where}.scope")
         for key in ("formats", "overrides"):
             rules = check_dict(policy.get(key, {}), f"{where}.{key}", "dict(name=dict(pattern=..., ...))")
             policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}

@@ -3,14 +3,17 @@
 mmengine imports this module when it meets the scope ``apq_mmdet`` and then the ``locations`` below.
 """
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
+from torch import nn
 
 SCOPE = "apq_mmdet"
+Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 class DetectorRegistry(Registry):
@@ -30,6 +33,23 @@ class DetectorRegistry(Registry):
         if "." in path:
             import_module(f"{SCOPE}.models.detectors").register_by_path(path)
         return self.module_dict[path] if path in self.module_dict else super().get(key)
+
+
+class ByClass(dict[type[nn.Module], Callable[..., Any]]):
+    """Functions that are registered for classes of modules; a subclass has that of its nearest registered ancestor."""
+
+    def register(self, *classes: type[nn.Module]) -> Callable[[Made], Made]:
+        """Decorator: the decorated function is that of these classes."""
+
+        def register(function: Made) -> Made:
+            self.update(dict.fromkeys(classes, function))
+            return function
+
+        return register
+
+    def find(self, module: nn.Module) -> Callable[..., Any] | None:
+        """The function for a module, None where there is none."""
+        return next((self[cls] for cls in type(module).__mro__ if cls in self), None)
 
 
 def class_name(kind: str | type) -> str:

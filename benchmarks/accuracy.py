@@ -43,7 +43,7 @@ from accuracy_grid import (
 from accuracy_plots import draw_plots
 from accuracy_report import box_and_mask, write_report
 
-from apq_mmdet.checks import refuse_unknown
+from apq_mmdet.checks import check_choice
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_json
 
@@ -95,8 +95,10 @@ def chosen_specs(args: argparse.Namespace) -> list[Spec]:
     if args.ablations:
         return [replace(spec, num_val=args.max_val) for spec in ablation_specs()]
     recipes = args.recipes or known_recipes()
-    refuse_unknown(recipes, known_recipes(), "--recipes")
-    refuse_unknown(args.best or (), recipes, "--best")
+    for recipe in recipes:
+        check_choice(recipe, known_recipes(), "--recipes")
+    for recipe in args.best or ():
+        check_choice(recipe, recipes, "--best")
     best = BEST_RECIPES if args.best is None else args.best
     return make_grid(recipes, best, args.bits, args.detectors, args.grounds, args.scopes, args.num_calib, args.max_val)
 

@@ -13,7 +13,7 @@ from apq_mmdet.policy import Policy
         (dict(a_bits=9), "quant.a_bits: bits must"),
         (dict(a_bits=4.0), "got 4.0"),
         (dict(scope="backbon"), "did you mean 'backbone'"),
-        (dict(formats=dict(r=dict(kind="linear"))), "formats.r.kind: unknown key 'linear'; did you mean 'Linear'"),
+        (dict(formats=dict(r=dict(kind="linear"))), "formats.r.kind: unknown value 'linear'; did you mean 'Linear'"),
         (dict(formats=dict(r=dict(wieght=dict(bits=4)))), "did you mean 'weight'"),
         (dict(formats=dict(r=dict(weight=dict(granularty="channel")))), "did you mean 'granularity'"),
         (dict(formats=dict(r=dict(attention=dict(format="mathew")))), "did you mean 'matthew'"),

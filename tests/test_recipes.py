@@ -141,8 +141,9 @@ def test_three_bits_of_apq_plus_follow_the_tokens(bits, linear):
         (
             "percentile",
             dict(observer="quantile"),
-            r"quant\.observer: unknown key 'quantile'; known: minmax",
+            r"quant\.observer: unknown value 'quantile'; known: minmax",
         ),
+        ("percentile", dict(observer=["minmax"]), r"quant\.observer: unknown value \['minmax'\]; did you mean"),
         ("apq_plus", dict(search=dict(objectives=None)), r"quant\.search\.objectives: expected dict\(name="),
         (
             "apq_plus",
@@ -159,7 +160,7 @@ def test_three_bits_of_apq_plus_follow_the_tokens(bits, linear):
             dict(search=dict(objectives=dict(heads=dict(pattern="*", type="msa")))),
             r"quant\.search\.objectives\.heads: unknown type 'msa'",
         ),
-        ("aphq", dict(importance="perturbed"), r"quant\.importance: unknown key 'perturbed'; .*'perturbation'"),
+        ("aphq", dict(importance="perturbed"), r"quant\.importance: unknown value 'perturbed'; .*'perturbation'"),
     ],
 )
 def test_refusals(name, settings, message):

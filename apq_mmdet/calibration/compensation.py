@@ -15,7 +15,7 @@ All but the last need two K x K matrices only, however many tokens there are.
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from apq_mmdet.calibration.distributed import by_shard
 from apq_mmdet.calibration.replay import fixed_weights, layer_runs
 from apq_mmdet.calibration.spread_rounding import nearest_codes, spread_rounding
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
-from apq_mmdet.checks import check_bool, check_dict, check_number, check_whole, refuse_unknown
+from apq_mmdet.checks import check_bool, check_fields, check_number, check_whole
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
@@ -57,8 +57,7 @@ class CompensationConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "CompensationConfig":
         """Validate; BadInputError names the key."""
-        config = check_dict(config, where, "dict(activations=..., ...) or None")
-        refuse_unknown(config, [f.name for f in fields(cls)], where)
+        config = check_fields(config, cls, where, "dict(activations=..., ...) or None")
         for key in ("activations", "rounding", "weighted"):
             check_bool(config.get(key, True), f"{where}.{key}")
         if check_whole(config.get("ranges", 0), f"{where}.ranges", 0) == 1:

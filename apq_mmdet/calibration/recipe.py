@@ -9,7 +9,7 @@ from apq_mmdet.calibration.importance import IMPORTANCES
 from apq_mmdet.calibration.objectives import build_objective
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig
 from apq_mmdet.calibration.scoring import Candidate
-from apq_mmdet.checks import check_dict, check_number, check_whole, refuse_unknown
+from apq_mmdet.checks import check_choice, check_dict, check_fields, check_number, check_whole, refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import KINDS, ROLES, Policy, check_pattern, name_matches
 from apq_mmdet.quantizers import OBSERVERS, Quantizer
@@ -62,11 +62,10 @@ class SearchConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "SearchConfig":
         """Validate; BadInputError names the key."""
-        config = check_dict(config, where, "dict(metric=..., ...) or None")
-        refuse_unknown(config, [f.name for f in fields(cls)], where)
+        config = check_fields(config, cls, where, "dict(metric=..., ...) or None")
         for key, choices in (("metric", METRICS), ("order", ORDERS), ("block_input", BLOCK_INPUTS)):
             if key in config:
-                refuse_unknown([config[key]], choices, f"{where}.{key}")
+                check_choice(config[key], choices, f"{where}.{key}")
         for key, least in (("rounds", 1), ("shortlist", 0), ("windows", 0), ("rows", 0), ("tokens", 0)):
             check_whole(config.get(key, least), f"{where}.{key}", least)
         grids = check_dict(config.get("grids", {}), f"{where}.grids", "dict(Linear=(first, last, number), ...)")
@@ -178,14 +177,14 @@ class Recipe:
         Raises:
             BadInputError: unknown key or value, with what would be right.
         """
-        quant = dict(quant)
         policy_keys = [f.name for f in fields(Policy)]
         own_keys = [f.name for f in fields(cls) if f.name not in ("name", "policy")]
         refuse_unknown(quant, ("recipe", *own_keys, *policy_keys), "quant")
-        refuse_unknown([quant.get("on_unseen", "error")], ON_UNSEEN, "quant.on_unseen")
-        refuse_unknown([quant.get("observer", "minmax")], OBSERVERS, "quant.observer")
-        refuse_unknown([quant.get("importance", "disturbed")], IMPORTANCES, "quant.importance")
-        search, compensation = quant.get("search"), quant.get("compensation")
+        given = {key: quant[key] for key in own_keys if key in quant}
+        for key, choices in (("on_unseen", ON_UNSEEN), ("observer", OBSERVERS), ("importance", IMPORTANCES)):
+            if key in given:
+                check_choice(given[key], choices, f"quant.{key}")
+        search, compensation = given.pop("search", None), given.get("compensation")
         needing = ("importance", "equalize", "compensation", "reconstruction", "output_compensation")
         steps = [key for key in needing if quant.get(key) not in (None, False, 0)]
         if search is None and steps:
@@ -193,21 +192,13 @@ class Recipe:
         policy = Policy.from_dict({key: quant[key] for key in policy_keys if key in quant})
         if search is None:
             _refuse_unfound_centers(policy)
-        equalize = float(check_number(quant.get("equalize", 0.0), "quant.equalize", most=1.0))
-        _refuse_unfound_factors(policy, equalize)
-        return cls(
-            name=quant.get("recipe", "custom"),
-            policy=policy,
-            search=None if search is None else SearchConfig.from_dict(search, "quant.search"),
-            on_unseen=quant.get("on_unseen", "error"),
-            observer=quant.get("observer", "minmax"),
-            importance=quant.get("importance", "disturbed"),
-            equalize=equalize,
-            compensation=None
-            if compensation is None
-            else CompensationConfig.from_dict(compensation, "quant.compensation"),
-            reconstruction=_stages(quant.get("reconstruction")),
-        )
+        given["equalize"] = float(check_number(quant.get("equalize", 0.0), "quant.equalize", most=1.0))
+        _refuse_unfound_factors(policy, given["equalize"])
+        if compensation is not None:
+            given["compensation"] = CompensationConfig.from_dict(compensation, "quant.compensation")
+        given["reconstruction"] = _stages(quant.get("reconstruction"))
+        searched = None if search is None else SearchConfig.from_dict(search, "quant.search")
+        return cls(name=quant.get("recipe", "custom"), policy=policy, search=searched, **given)
 
 
 def _refuse_unfound_factors(policy: Policy, equalize: float) -> None:

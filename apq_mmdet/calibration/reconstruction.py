@@ -6,7 +6,7 @@ settings of it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from apq_mmdet.calibration.minibatches import Minibatches
 from apq_mmdet.calibration.replay import fixed_weights
 from apq_mmdet.calibration.scoring import sum_by_image
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, batches, rows_of
-from apq_mmdet.checks import check_dict, check_number, check_whole, refuse_unknown
+from apq_mmdet.checks import check_choice, check_fields, check_number, check_whole
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.policy import check_bits
@@ -101,12 +101,11 @@ class ReconstructionConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str) -> "ReconstructionConfig":
         """Validate; BadInputError names the key."""
-        config = check_dict(config, where, "dict(weighting=..., ...) or None")
-        refuse_unknown(config, [f.name for f in fields(cls)], where)
+        config = check_fields(config, cls, where, "dict(weighting=..., ...) or None")
         if "weighting" in config:
-            refuse_unknown([config["weighting"]], WEIGHTINGS, f"{where}.weighting")
+            check_choice(config["weighting"], WEIGHTINGS, f"{where}.weighting")
         if "rounding" in config:
-            refuse_unknown([config["rounding"]], ROUNDINGS, f"{where}.rounding")
+            check_choice(config["rounding"], ROUNDINGS, f"{where}.rounding")
         if config.get("max_bits") is not None:
             check_bits(config["max_bits"], f"{where}.max_bits")
         for key in ("iterations", "batch"):

@@ -1,6 +1,5 @@
 """Smaller block calls: the samplers of the fast recipes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,30 +8,17 @@ from torch.utils._pytree import tree_map_only
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.recipe import SearchConfig
+from apq_mmdet.registry import ByClass
 
-# (block, call, search config, generator) -> a smaller call with matching outputs and gradients
-Sampler = Callable[[nn.Module, BlockCall, SearchConfig, torch.Generator], BlockCall]
-SAMPLERS: dict[type[nn.Module], Sampler] = {}
-
-
-def register_sampler(*classes: type[nn.Module]) -> Callable[[Sampler], Sampler]:
-    """Decorator: blocks of these classes (or of subclasses) are sampled by the decorated function."""
-
-    def register(sampler: Sampler) -> Sampler:
-        for cls in classes:
-            SAMPLERS[cls] = sampler
-        return sampler
-
-    return register
+# block class -> (block, call, search config, generator) -> a smaller call with matching outputs and gradients
+SAMPLERS = ByClass()
 
 
 def sample_call(block: nn.Module, call: BlockCall, search: SearchConfig, seed: int) -> BlockCall:
     """A smaller call of this block if the search asks for one; the choice depends on seed and image alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + call.image)
-    for cls, sampler in SAMPLERS.items():
-        if isinstance(block, cls):
-            return sampler(block, call, search, generator)
-    return call
+    sampler = SAMPLERS.find(block)
+    return call if sampler is None else sampler(block, call, search, generator)
 
 
 def sample_rows(block: nn.Module, call: BlockCall, search: SearchConfig, generator: torch.Generator) -> BlockCall:

@@ -19,6 +19,7 @@ from apq_mmdet.calibration.distributed import gather, share_observed
 from apq_mmdet.calibration.units import UnitCalls
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
+from apq_mmdet.registry import ByClass
 
 MOST = 256.0  # factors stay in 1 / MOST..MOST: more than pretrained channels differ, little enough for float32
 
@@ -153,24 +154,13 @@ def _multiply(parameter: Tensor | None, factors: Tensor) -> None:
         parameter.copy_(parameter.double() * factors.to(parameter.device))
 
 
-RescalingMaker = Callable[[nn.Module], list[Rescaling]]
-RESCALINGS: dict[type[nn.Module], RescalingMaker] = {}
-
-
-def register_rescalings(*classes: type[nn.Module]) -> Callable[[RescalingMaker], RescalingMaker]:
-    """Decorator: the decorated function names the rescalings of blocks of these classes (or of subclasses)."""
-
-    def register(function: RescalingMaker) -> RescalingMaker:
-        for cls in classes:
-            RESCALINGS[cls] = function
-        return function
-
-    return register
+RESCALINGS = ByClass()  # block class -> block -> its rescalings
 
 
 def rescalings_of(block: nn.Module) -> list[Rescaling]:
     """The rescalings of a block: those registered for its class, then those of layers that divide their inputs."""
-    registered = next((make(block) for cls, make in RESCALINGS.items() if isinstance(block, cls)), [])
+    make = RESCALINGS.find(block)
+    registered = [] if make is None else make(block)
     even = {place.layer for place in registered if place.side == "input"}
     dividing = [(name, layer) for name, layer in quantized_layers(block) if layer.input_factors is not None]
     return registered + [

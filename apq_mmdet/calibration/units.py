@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.distributed import SHARD, gather
 from apq_mmdet.calibration.store import TensorStore
+from apq_mmdet.registry import ByClass
 
 TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
 
@@ -51,22 +52,8 @@ class View:
     parts: Callable[..., Parts]
 
 
-ViewMaker = Callable[[nn.Module], View | None]
-VIEWS: dict[type[nn.Module], ViewMaker] = {}
-
-
-def register_view(*classes: type[nn.Module]) -> Callable[[ViewMaker], ViewMaker]:
-    """Decorator: the decorated function makes the view of blocks of these classes (or of subclasses).
-
-    It returns None where the calls of a block cannot be taken apart.
-    """
-
-    def register(function: ViewMaker) -> ViewMaker:
-        for cls in classes:
-            VIEWS[cls] = function
-        return function
-
-    return register
+# block class -> block -> its view, or None where its calls cannot be taken apart
+VIEWS = ByClass()
 
 
 @dataclass(frozen=True)
@@ -170,7 +157,7 @@ def rows_of(outputs: list[Tensor], units: int) -> Tensor:
 
 
 def _view(block: nn.Module) -> View | None:
-    make = next((make for cls, make in VIEWS.items() if isinstance(block, cls)), None)
+    make = VIEWS.find(block)
     return None if make is None else make(block)
 
 

@@ -17,7 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.registry import Registry
 
-from apq_mmdet.checks import refuse_unknown
+from apq_mmdet.checks import check_choice
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.detectors import QuantizedDetector, register_quantized_detectors
 from apq_mmdet.registry import MODELS, SCOPE, class_name
@@ -54,7 +54,7 @@ def read_recipe(name: str) -> Config:
     if not path.is_file():
         if name.endswith(".py"):
             raise BadInputError(f"recipe file {name} does not exist")
-        refuse_unknown([name], known, "--recipe")
+        check_choice(name, known, "--recipe")
     recipe = read_config(str(path))
     if not isinstance(recipe.get("quant"), dict):
         raise BadInputError(f"recipe file {path} defines no 'quant' dict")

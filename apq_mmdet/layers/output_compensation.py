@@ -1,6 +1,5 @@
 """A linear correction of a block's output, ``y = y_q + W x_q + b`` (QwT, Fu et al., CVPR 2025, arXiv 2411.13918)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.base import quantizers_of
 from apq_mmdet.quantizers import QuantizerMode
+from apq_mmdet.registry import ByClass
 
 NAME = "output_compensation"  # of the module inside its block
 
-# block class -> number of channels C of such a block, which maps [..., C] to the same shape; None: leave it alone
-COMPENSATED: dict[type[nn.Module], Callable[[nn.Module], int | None]] = {}
+# block class -> block -> number C of its channels where it maps [..., C] to the same shape; None: leave it alone
+COMPENSATED = ByClass()
 
 
 class OutputCompensation(nn.Module):
@@ -41,7 +41,8 @@ def install_output_compensation(model: nn.Module) -> None:
     """
     found = False
     for module in list(model.modules()):
-        channels = next((count(module) for cls, count in COMPENSATED.items() if isinstance(module, cls)), None)
+        count = COMPENSATED.find(module)
+        channels = None if count is None else count(module)
         if channels is not None:
             module.add_module(NAME, OutputCompensation(channels).to(next(module.parameters()).device))
             module.register_forward_hook(_compensated, with_kwargs=True)

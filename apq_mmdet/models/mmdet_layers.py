@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, register_block
 from apq_mmdet.calibration.recipe import SearchConfig
-from apq_mmdet.calibration.sampling import register_sampler, sample_rows
+from apq_mmdet.calibration.sampling import SAMPLERS, sample_rows
 from apq_mmdet.layers.base import register_layer
 from apq_mmdet.layers.conv import QuantizedConv2d, QuantizedConvTranspose2d
 from apq_mmdet.layers.convert import ATTENTION, INLINE, TRAINING_ONLY
@@ -32,11 +32,11 @@ register_layer(mmcv.cnn.ConvTranspose2d)(QuantizedConvTranspose2d)
 
 register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, BBoxHead, FCNMaskHead)
 register_block(DetrTransformerEncoderLayer, DetrTransformerDecoderLayer, MLP, CSPLayer, DyHeadBlock)
-register_sampler(BBoxHead, FCNMaskHead)(sample_rows)
+SAMPLERS.register(BBoxHead, FCNMaskHead)(sample_rows)
 COMPENSATED[SwinBlock] = lambda block: block.attn.w_msa.embed_dims
 
 
-@register_sampler(SwinBlock)
+@SAMPLERS.register(SwinBlock)
 def sample_windows(block: SwinBlock, call: BlockCall, search: SearchConfig, generator: torch.Generator) -> BlockCall:
     """Sampler of Swin blocks: a random crop of ``search.windows`` x ``search.windows`` whole windows of an image.
 

@@ -6,16 +6,16 @@ from mmdet.models.layers import PatchMerging
 from torch import nn
 
 from apq_mmdet.calibration.transforms import (
+    RESCALINGS,
     NormRescaling,
     QueryKeyRescaling,
     Rescaling,
     ValueRescaling,
-    register_rescalings,
 )
 from apq_mmdet.models.mmdet_layers import ProductWindowMSA
 
 
-@register_rescalings(SwinBlock)
+@RESCALINGS.register(SwinBlock)
 def swin_block(block: SwinBlock) -> list[Rescaling]:
     """Behind both norms, between query and key, and between value and projection."""
     if type(block).forward is not SwinBlock.forward or type(block.attn).forward is not ShiftWindowMSA.forward:
@@ -34,7 +34,7 @@ def swin_block(block: SwinBlock) -> list[Rescaling]:
     return rescalings
 
 
-@register_rescalings(PatchMerging)
+@RESCALINGS.register(PatchMerging)
 def patch_merging(block: PatchMerging) -> list[Rescaling]:
     """Behind the norm of the merged patches."""
     return behind_norm("norm", block.norm, block.reduction) if type(block).forward is PatchMerging.forward else []

@@ -12,13 +12,13 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.units import Parts, View, register_view
+from apq_mmdet.calibration.units import VIEWS, Parts, View
 from apq_mmdet.layers.base import needs_whole_input
 
 SEPARATED = -100.0  # what mmdet adds to the logits of tokens that a shifted window must keep apart
 
 
-@register_view(SwinBlock)
+@VIEWS.register(SwinBlock)
 def windows(block: SwinBlock) -> View | None:
     """Windows of N tokens, padded, shifted and partitioned as ShiftWindowMSA does."""
     if not (_runs(block, SwinBlock) and _runs(block.attn, ShiftWindowMSA)):
@@ -106,7 +106,7 @@ def region_mask(region: Tensor) -> Tensor:
     return (region.unsqueeze(1) != region.unsqueeze(2)) * SEPARATED
 
 
-@register_view(PatchMerging)
+@VIEWS.register(PatchMerging)
 def merged_patches(block: PatchMerging) -> View | None:
     """Patches, unfolded: [patches, K]."""
     if not _runs(block, PatchMerging):
@@ -133,7 +133,7 @@ class MergedPatches(nn.Module):
         return self.reduction(self.norm(x) if self.norm else x)
 
 
-@register_view(PatchEmbed)
+@VIEWS.register(PatchEmbed)
 def embedded_patches(block: PatchEmbed) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
     conv = block.projection
@@ -167,7 +167,7 @@ class EmbeddedPatches(nn.Module):
         return self.norm(x) if self.norm is not None else x
 
 
-@register_view(BBoxHead, FCNMaskHead)
+@VIEWS.register(BBoxHead, FCNMaskHead)
 def rois(block: nn.Module) -> View | None:
     """RoIs are independent as they are."""
     signature = inspect.signature(block.forward)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, register_block
 from apq_mmdet.calibration.recipe import SearchConfig
-from apq_mmdet.calibration.sampling import register_sampler
+from apq_mmdet.calibration.sampling import SAMPLERS
 from apq_mmdet.layers.convert import ATTENTION, FLOAT_REASONS, INLINE
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.layers.output_compensation import COMPENSATED
@@ -36,13 +36,13 @@ from apq_mmdet.models.mmdet_layers import position_bias, random_crop
 register_block(PatchEmbed, PatchMerging, SwinTransformerBlock, Block)
 
 
+@COMPENSATED.register(Block)
 def _compensated_channels(block: Block) -> int | None:
     qkv = getattr(block.attn, "qkv", None)  # absent from some attention modules
     return None if qkv is None else qkv.in_features
 
 
 COMPENSATED[SwinTransformerBlock] = lambda block: block.dim
-COMPENSATED[Block] = _compensated_channels
 
 
 class ProductWindowAttention(WindowAttention):
@@ -128,7 +128,7 @@ OTHERS = (AttentionPoolLatent, AttentionRope, DiffAttention, DiffParallelScaling
 INLINE.update(dict.fromkeys((*OTHERS, *WITH_BIASES_APART), "its two products of attention have no modules"))
 
 
-@register_sampler(SwinTransformerBlock)
+@SAMPLERS.register(SwinTransformerBlock)
 def sample_windows(
     block: SwinTransformerBlock, call: BlockCall, search: SearchConfig, generator: torch.Generator
 ) -> BlockCall:

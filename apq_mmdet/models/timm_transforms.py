@@ -5,11 +5,11 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from apq_mmdet.calibration.transforms import QueryKeyRescaling, Rescaling, ValueRescaling, register_rescalings
+from apq_mmdet.calibration.transforms import RESCALINGS, QueryKeyRescaling, Rescaling, ValueRescaling
 from apq_mmdet.models.mmdet_transforms import behind_norm
 
 
-@register_rescalings(SwinTransformerBlock, Block)
+@RESCALINGS.register(SwinTransformerBlock, Block)
 def transformer_block(block: SwinTransformerBlock | Block) -> list[Rescaling]:
     """Behind both norms, between query and key, and between value and projection."""
     if type(block).forward not in (SwinTransformerBlock.forward, Block.forward):
@@ -36,7 +36,7 @@ def _of_attention(norm: nn.Module, attention: nn.Module) -> list[Rescaling]:
     return rescalings
 
 
-@register_rescalings(PatchMerging)
+@RESCALINGS.register(PatchMerging)
 def patch_merging(block: PatchMerging) -> list[Rescaling]:
     """Behind the norm of the merged patches."""
     return behind_norm("norm", block.norm, block.reduction) if type(block).forward is PatchMerging.forward else []

@@ -10,12 +10,12 @@ from timm.layers.format import Format
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.units import Parts, View, register_view
+from apq_mmdet.calibration.units import VIEWS, Parts, View
 from apq_mmdet.layers.base import needs_whole_input
 from apq_mmdet.models.mmdet_views import cut_patches, cut_windows, on_valid_tokens, region_mask
 
 
-@register_view(SwinTransformerBlock)
+@VIEWS.register(SwinTransformerBlock)
 def windows(block: SwinTransformerBlock) -> View | None:
     """Windows of N tokens, shifted, padded and partitioned as the block does."""
     if type(block).forward is not SwinTransformerBlock.forward:
@@ -72,7 +72,7 @@ class WindowBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-@register_view(PatchMerging)
+@VIEWS.register(PatchMerging)
 def merged_patches(block: PatchMerging) -> View | None:
     """Patches of 2 x 2 tokens: [patches, 4 C]."""
     if type(block).forward is not PatchMerging.forward:
@@ -100,7 +100,7 @@ class MergedPatches(nn.Module):
         return self.reduction(self.norm(x))
 
 
-@register_view(PatchEmbed)
+@VIEWS.register(PatchEmbed)
 def embedded_patches(block: PatchEmbed) -> View | None:
     """Patches of the image: [patches, 3, kH, kW]."""
     channels_first = not block.flatten and block.output_fmt is Format.NCHW

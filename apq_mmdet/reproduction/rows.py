@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from apq_mmdet.checks import refuse_unknown
+from apq_mmdet.checks import check_choice
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import check_bits
 
@@ -100,7 +100,7 @@ def select(
     rows: list[Row] = []
     for name in wanted:
         float_name = models[name].get("Metadata", {}).get("Float model", name)
-        refuse_unknown([float_name], list(models), f"'Float model' of {name}")
+        check_choice(float_name, models, f"'Float model' of {name}")
         detector = detectors.setdefault(float_name, _detector(models[float_name], index))
         if float_name != name:
             pairs = dict.fromkeys((num, seed) for num in num_calib for seed in seeds)  # each once

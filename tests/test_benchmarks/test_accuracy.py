@@ -114,9 +114,9 @@ def test_what_is_there_is_skipped():
 
 def test_unknown_recipe_is_refused_with_the_near_one(capsys):
     assert accuracy.main(["--recipes", "minmx", "--dry-run"]) == 2
-    assert "unknown key 'minmx'; did you mean 'minmax'?" in capsys.readouterr().err
+    assert "unknown value 'minmx'; did you mean 'minmax'?" in capsys.readouterr().err
     assert accuracy.main(["--recipes", "minmax", "--best", "apq", "--dry-run"]) == 2
-    assert "--best: unknown key 'apq'" in capsys.readouterr().err
+    assert "--best: unknown value 'apq'" in capsys.readouterr().err
 
 
 def test_dry_run_tells_number_and_time(tmp_path, capsys):

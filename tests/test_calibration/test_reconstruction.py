@@ -336,8 +336,8 @@ def test_float_function_of_the_rest_is_kept():
     ("config", "message"),
     [
         (dict(iteration=5), r"quant.reconstruction: unknown key 'iteration'; did you mean 'iterations'"),
-        (dict(weighting="hesian"), r"quant.reconstruction.weighting: unknown key 'hesian'; did you mean 'hessian'"),
-        (dict(rounding="adarond"), r"quant.reconstruction.rounding: unknown key 'adarond'; did you mean 'adaround'"),
+        (dict(weighting="hesian"), r"quant.reconstruction.weighting: unknown value 'hesian'; did you mean 'hessian'"),
+        (dict(rounding="adarond"), r"quant.reconstruction.rounding: unknown value 'adarond'; did you mean 'adaround'"),
         (dict(max_bits=9), r"quant.reconstruction.max_bits: bits must be a whole number from 2 to 8, got 9"),
         (dict(iterations=0), r"quant.reconstruction.iterations: expected a whole number >= 1, got 0"),
         (dict(batch=1.5), r"quant.reconstruction.batch: expected a whole number >= 1, got 1.5"),

@@ -63,7 +63,7 @@ def test_ap_on_other_data_is_no_reference(index):
     ("changes", "message"),
     [
         ({"Config": "absent.py"}, "config .*absent.py does not exist"),
-        ({"Metadata": {"Float model": "absent"}}, "unknown key 'absent'"),
+        ({"Metadata": {"Float model": "absent"}}, "unknown value 'absent'"),
         ({"Metadata": {}}, "lacks 'Weights'"),
         ({"Metadata": {"Float model": "mask-rcnn_swin-t-p4-w7_fpn_drawn-3x_coco"}}, "lacks 'Weight bits'"),
     ],
