@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -212,7 +212,3 @@ class Policy:
                     f"quant.overrides.{rule_name}: pattern {rule.pattern!r} (kind {rule.kind or 'any'}) matches no "
                     f"layer that scope {self.scope!r} quantizes{hint}"
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for reports and checkpoint meta."""
-        return asdict(self)

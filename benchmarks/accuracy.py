@@ -12,7 +12,6 @@ memory is its own and a run that dies does not end the grid. Exit code 1 if a ru
 
 import argparse
 import json
-import os
 import platform
 import re
 import signal
@@ -126,11 +125,9 @@ def checkpoint(detector: str, ground: str, work_dir: Path) -> Path:
         return plain
     stressed = work_dir / "stressed" / f"{detector}.pth"
     if not stressed.exists():
-        partial = stressed.with_name(f"{detector}.partial.pth")
         tool = ROOT / "tools" / "stress_detector.py"
-        line = [str(tool), str(config(detector)), str(plain), str(partial), "--seed", "0"]
+        line = [str(tool), str(config(detector)), str(plain), str(stressed), "--seed", "0"]
         run_logged(line, stressed.with_suffix(".log"))
-        os.replace(partial, stressed)
     return stressed
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from mmengine.dist import is_main_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import partition, watch_blocks
 from apq_mmdet.calibration.centers import center_inputs, centered_layers
 from apq_mmdet.calibration.compensation import compensate
-from apq_mmdet.calibration.distributed import gather, is_first, own_images, share_observed
+from apq_mmdet.calibration.distributed import gather, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.output_compensation import fit_output_compensation
@@ -206,7 +207,7 @@ def float_pass(
 ) -> None:
     """Observe every activation range; record every block call and the teacher's outputs of each sample."""
     inputs = [q for _, layer in quantized_layers(model) for role, q in layer.quantizers.items() if role != "weight"]
-    for image in tqdm(own_images(len(samples)), desc="float pass", unit="image", disable=not is_first()):
+    for image in tqdm(own_images(len(samples)), desc="float pass", unit="image", disable=not is_main_process()):
 
         def see(name: str, args: tuple, kwargs: dict, output: Any, image: int = image) -> None:
             store.add_call(name, image, args, kwargs, output)
@@ -228,7 +229,7 @@ def float_pass(
 
 def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
     """Make the channels of every block more even, and find their centers; blocks keep their float function."""
-    for name in tqdm(store.order(), desc="transform", unit="block", disable=not is_first()):
+    for name in tqdm(store.order(), desc="transform", unit="block", disable=not is_main_process()):
         block = blocks[name]
         even = strength > 0 and bool(rescalings_of(block))
         centered = bool(centered_layers(block))
@@ -290,7 +291,9 @@ def _finish_blocks(
     order = _to_search(blocks, store)
     inputs = QuantizedInputs(model, blocks, samples, task, store) if search.block_input == "quantized" else None
     reports = []
-    with SearchBar({name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_first()) as bar:
+    with SearchBar(
+        {name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_main_process()
+    ) as bar:
         for position, name in enumerate(order):
             start = time.perf_counter()
             bar.begin(name)
@@ -351,6 +354,3 @@ def _load_state(block: nn.Module, state: dict[str, Tensor]) -> None:
     if own != {key for key in state if "quantizers." in key}:
         raise CalibrationError("the kept state of a block does not fit the model: start again without --resume")
     block.load_state_dict(state, strict=False)
-
-
-__all__ = ["BlockReport", "BlockStates", "CalibrationReport", "calibrate"]

@@ -55,7 +55,7 @@ def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strengt
             mean = mean / factors
         layer.input_centers.copy_(mean)
         if "weight" in layer.quantizers:
-            layer.quantizers["weight"].observed = None
+            layer.quantizers["weight"].forget_observed()
             layer.quantizers["weight"].observe(layer.weight)
 
 

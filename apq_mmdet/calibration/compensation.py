@@ -270,7 +270,7 @@ def _bounds(quantizer: Quantizer, layer: QuantizedLayer) -> tuple[Tensor, Tensor
 
 def _fit_ranges(quantizer: Quantizer, weight: Tensor, hessian: Tensor, layer: QuantizedLayer, number: int) -> None:
     """Step 2: the range factor of each group that makes (W - Q) H (W - Q)^T least."""
-    quantizer.observed = None
+    quantizer.forget_observed()
     quantizer.observe(weight.to(layer.weight.dtype).view_as(layer.weight))
     found: list[tuple[Tensor, ...]] = []
     errors = []

@@ -21,11 +21,6 @@ def own_images(number: int) -> list[int]:
     return [image for image in range(number) if image // SHARD % processes == rank]
 
 
-def is_first() -> bool:
-    """Whether this process shows progress and keeps the finished blocks."""
-    return get_dist_info()[0] == 0
-
-
 def gather(value: Any) -> list[Any]:
     """The values of all processes, by rank.
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import is_main_process
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
-from apq_mmdet.calibration.distributed import gather, is_first, own_images
+from apq_mmdet.calibration.distributed import gather, own_images
 from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import CalibrationError
@@ -110,7 +111,7 @@ def capture_gradients(
     captured = [name for name in store.blocks if name in blocks]
     seen: dict[str, bool] = dict.fromkeys(captured, False)
     try:
-        for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_first()):
+        for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_main_process()):
             teacher, context = store.get(("teacher", image))
 
             def gradients(shift: Shift, image: int = image, teacher: Any = teacher, context: Any = context) -> Grads:

@@ -264,7 +264,7 @@ def _observe_anew(places: list[Rescaling], run: Callable[[], None]) -> None:
         (layer, role): layer.quantizers[role] for layer, role in operands if role in getattr(layer, "quantizers", ())
     }
     for quantizer in found.values():
-        quantizer.observed = None
+        quantizer.forget_observed()
     activations = [quantizer for (_, role), quantizer in found.items() if role != "weight"]
     with quantizer_mode(activations, QuantizerMode.OBSERVE):
         run()

@@ -63,13 +63,13 @@ def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
     state = float_state(checkpoint, path)
     for key in [key for key in state if key.startswith(PREPROCESSOR) and key not in own]:
         del state[key]
-    _refuse_other_architecture(model, state, path)
+    _refuse_other_architecture(own, state, path)
     load_state_dict(model, state, strict=False)
     return (checkpoint.get("meta") or {}) if "state_dict" in checkpoint else {}
 
 
-def _refuse_other_architecture(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    own = {k: v for k, v in model.state_dict().items() if not is_added(k)}
+def _refuse_other_architecture(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: str) -> None:
+    own = {key: value for key, value in own.items() if not is_added(key)}
     ignored = "num_batches_tracked"
     missing = [key for key in own if key not in state and ignored not in key]
     extra = [key for key in state if key not in own and ignored not in key]

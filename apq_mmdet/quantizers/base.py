@@ -1,5 +1,6 @@
 """The quantizer interface: scale and zero point per group of an axis, modes, observed ranges."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,12 +37,18 @@ class Quantizer(nn.Module, ABC):
         groups: number of groups G along that axis; must divide its size.
         symmetric: signed codes around zero with ``zero_point`` 0.
 
+    Raises:
+        ValueError: ``symmetric`` was asked for, and the format has unsigned codes alone.
+
     Attributes:
         scale: float32 [G]; zero_point: int32 [G]; bits: uint8 []; calibrated: bool []; format: uint8, the characters
             of ``format_name`` and of whether codes are symmetric; all in the state_dict.
         variant: float32 [G], in the state_dict; of formats with ``variants`` only.
         observer: gathers the range of the data seen; min-max unless ``use_observer`` set another.
         fixed: what is returned instead of quantizing, while a search knows that neither input nor parameters change.
+        signed: whether there are symmetric codes.
+        lowest: the lowest value that what the format is made for can have.
+        source: where that comes from, for messages.
         min_factor: smallest range factor that a search may choose.
         ranged: whether the range factor changes anything; where not, a search need not try more than one.
         inputs_of: the only kinds of layers whose inputs the format may quantize; empty for all.
@@ -52,6 +59,9 @@ class Quantizer(nn.Module, ABC):
         default_variant: the variant where none is asked for.
     """
 
+    signed = True
+    lowest = -math.inf
+    source = "any tensor"
     min_factor = 0.0
     ranged = True
     inputs_of: tuple[str, ...] = ()
@@ -63,6 +73,8 @@ class Quantizer(nn.Module, ABC):
 
     def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
         super().__init__()
+        if symmetric and not self.signed:
+            raise ValueError(f"the {self.format_name()} format has unsigned codes alone: symmetric=True makes no sense")
         self.axis = axis
         self.groups = groups
         self.symmetric = symmetric
@@ -110,7 +122,7 @@ class Quantizer(nn.Module, ABC):
         """Calibrate to ``factor`` times the observed range, and to a variant where the format has one.
 
         Raises:
-            CalibrationError: nothing was observed, or NaN or infinity.
+            CalibrationError: nothing was observed, or NaN, infinity, or values below the lowest possible one.
         """
         seen = self.observed
         if seen is None:
@@ -118,6 +130,10 @@ class Quantizer(nn.Module, ABC):
         low, high = seen
         if not bool((low.isfinite() & high.isfinite()).all()):
             raise CalibrationError("NaN or infinite values were observed")
+        if bool((low < self.lowest).any()):
+            raise CalibrationError(
+                f"the {self.format_name()} format quantizes {self.source}; values below {self.lowest} were observed"
+            )
         self.set_parameters(*self.parameters_for(low, high, factor, variant))
 
     def reset(self) -> None:
@@ -144,12 +160,12 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def observed(self) -> tuple[Tensor, Tensor] | None:
-        """The observed (low, high), each [G], or None; assigning a range forgets all that was seen before."""
+        """The observed (low, high), each [G], or None."""
         return self.observer.range()
 
-    @observed.setter
-    def observed(self, seen: tuple[Tensor, Tensor] | None) -> None:
-        self.observer.load([] if seen is None else [self.observer.entry_for(*seen)])
+    def forget_observed(self) -> None:
+        """Count as not having seen anything."""
+        self.observer.load([])
 
     def range_error(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Squared error of quantizing grouped data to a range, float64 [G]; own parameters stay what they are.

@@ -14,24 +14,21 @@ class DynamicQuantizer(Quantizer):
     """Unsigned codes; the values that share a scale (a token, a RoI, a map) span its range from least to greatest.
 
     Raises:
-        ValueError: ``symmetric`` was asked for, or groups of a format that makes none.
+        ValueError: groups were asked for of a format that makes none.
 
     Attributes:
         grouped: whether groups of channels or heads may have shares of their own.
         scale: step as a share of what the values of a grid span, f / (2^k - 1).
     """
 
+    signed = False
     dynamic = True
     grouped: ClassVar[bool] = False
 
     def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
-        if symmetric:
-            raise ValueError(
-                f"the {self.format_name()} format is unsigned by definition: symmetric=True makes no sense"
-            )
         if groups != 1 and not self.grouped:
             raise ValueError(f"the {self.format_name()} format has one grid for all channels: no groups of them")
-        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
+        super().__init__(bits, axis, groups, symmetric)
 
     def parameters_for(
         self, low: Tensor, high: Tensor, factor: float, variant: float | None = None

@@ -7,7 +7,6 @@ attention maps: few large values hold most of the mass, and clipping them costs 
 import torch
 from torch import Tensor
 
-from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers.affine import AffineQuantizer
 from apq_mmdet.registry import QUANTIZERS
 
@@ -20,21 +19,13 @@ class MatthewQuantizer(AffineQuantizer):
     top tenth of the range can be clipped, whatever an error metric would prefer.
     """
 
+    signed = False
+    lowest = 0.0
+    source = "softmax outputs"
     min_factor = 0.9
-
-    def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
-        if symmetric:
-            raise ValueError("the matthew format is unsigned by definition: symmetric=True makes no sense here")
-        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
 
     def parameters_for(
         self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
     ) -> tuple[Tensor, ...]:
-        """See the base class.
-
-        Raises:
-            CalibrationError: a negative value was observed, so the tensor is no attention map.
-        """
-        if bool((low < 0).any()):
-            raise CalibrationError("the matthew format quantizes softmax outputs; negative values were observed")
+        """See the base class."""
         return super().parameters_for(torch.zeros_like(low), high, max(factor, self.min_factor))

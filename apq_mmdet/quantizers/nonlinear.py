@@ -5,33 +5,16 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers.base import Quantizer
 from apq_mmdet.quantizers.straight_through import is_trained, straight_through
 
 
 class NonlinearQuantizer(Quantizer):
-    """Unsigned codes with zero point 0; a format is a scale, the code of a value and the value of a code.
+    """Unsigned codes with zero point 0; a format is a scale, the code of a value and the value of a code."""
 
-    Args:
-        bits, axis, groups: as of the base class.
-        symmetric: has to be False.
-
-    Attributes:
-        lowest: the lowest value that the quantized tensors can have.
-        source: where such tensors come from, for messages.
-
-    Raises:
-        ValueError: ``symmetric`` was asked for.
-    """
-
+    signed = False
     lowest = 0.0
     source = "softmax outputs"
-
-    def __init__(self, bits: int, axis: int = 0, groups: int = 1, symmetric: bool = False) -> None:
-        if symmetric:
-            raise ValueError(f"{type(self).__name__} has unsigned codes by definition: symmetric=True makes no sense")
-        super().__init__(bits, axis=axis, groups=groups, symmetric=False)
 
     @abstractmethod
     def scale_for(self, high: Tensor, factor: float, variant: float | None) -> Tensor:
@@ -48,15 +31,7 @@ class NonlinearQuantizer(Quantizer):
     def parameters_for(
         self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
     ) -> tuple[Tensor, ...]:
-        """See the base class.
-
-        Raises:
-            CalibrationError: a value below the lowest possible one was observed.
-        """
-        if bool((low < self.lowest).any()):
-            raise CalibrationError(
-                f"{type(self).__name__} quantizes {self.source}; values below {self.lowest} were observed"
-            )
+        """See the base class."""
         variant = self.default_variant if variant is None else variant
         scale = self.scale_for(high.double().clamp(min=0.0), factor, variant)
         degenerate = scale < torch.finfo(torch.float32).tiny  # an all-zero group: any scale keeps the zeros

@@ -54,10 +54,6 @@ class Observer(ABC):
         """The entry of one call; arguments as of ``observe``."""
 
     @abstractmethod
-    def entry_for(self, low: Tensor, high: Tensor) -> Tensor:
-        """The entry that alone amounts to this range, each [G]."""
-
-    @abstractmethod
     def range_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """(low, high), each [G], of stacked entries [entries, ...]."""
 
@@ -71,11 +67,7 @@ class MinMaxObserver(Observer):
 
     def entry_of(self, x: Tensor, error: RangeError) -> Tensor:
         """See the base class."""
-        return self.entry_for(x.amin(1), x.amax(1))
-
-    def entry_for(self, low: Tensor, high: Tensor) -> Tensor:
-        """See the base class."""
-        return torch.stack([low, high])
+        return torch.stack([x.amin(1), x.amax(1)])
 
     def range_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
@@ -127,11 +119,6 @@ class PercentileObserver(Observer):
         lows = torch.where(lowest >= 0, lowest, lows)
         errors = [error(x, low, high) for low, high in zip(lows, highs, strict=True)]
         return torch.stack([lows.double(), highs.double(), torch.stack(errors).double()])
-
-    def entry_for(self, low: Tensor, high: Tensor) -> Tensor:
-        """See the base class."""
-        entry = torch.stack([low, high, torch.zeros_like(low)]).double()
-        return entry.unsqueeze(1).repeat(1, len(self.tails), 1)  # [3, P, G]
 
     def range_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""

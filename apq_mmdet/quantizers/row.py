@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers.dynamic import DynamicQuantizer
 from apq_mmdet.quantizers.straight_through import is_trained, straight_through
 from apq_mmdet.registry import QUANTIZERS
@@ -23,19 +22,9 @@ class RowAffineQuantizer(DynamicQuantizer):
     with r_i from the integer row sums of q. Masked entries take part in it: their share of a row's rest is not zero.
     """
 
+    lowest = 0.0
+    source = "softmax outputs"
     grouped = True
-
-    def parameters_for(
-        self, low: Tensor, high: Tensor, factor: float, variant: float | None = None
-    ) -> tuple[Tensor, ...]:
-        """See the base class; the range is a share of a row's largest value.
-
-        Raises:
-            CalibrationError: a negative value was observed, so the tensor is no attention map.
-        """
-        if bool((low < 0).any()):
-            raise CalibrationError("the row_affine format quantizes softmax outputs; negative values were observed")
-        return super().parameters_for(low, high, factor, variant)
 
     def row_steps(self, x: Tensor) -> Tensor:
         """The step s_i of each row of ``x`` [..., N, M], in the dtype of ``x``: [..., N, 1]."""

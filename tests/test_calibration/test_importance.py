@@ -41,7 +41,7 @@ def importance_of(model, task, images, kind="perturbation"):
     """The importance at every block's output by (block, image)."""
     blocks = partition(model)
     for quantizer in quantizers_of(model):
-        quantizer.observed = (-torch.ones(1), torch.ones(1))
+        quantizer.observer.load([torch.tensor([[-1.0], [1.0]])])
         quantizer.set_range_factor(1.0)
     with CaptureStore(None, 2**20) as store, torch.no_grad():
         for image, x in enumerate(images):

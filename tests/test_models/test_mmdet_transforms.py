@@ -153,7 +153,8 @@ def test_the_block_keeps_its_output_and_gets_new_ranges():
     block, view, calls = quantized_block()
     for _, layer in quantized_layers(block):
         for quantizer in layer.quantizers.values():
-            quantizer.observed = (torch.full((quantizer.groups,), -99.0), torch.full((quantizer.groups,), 99.0))
+            far = torch.full((quantizer.groups,), 99.0)
+            quantizer.observer.load([torch.stack([-far, far])])
     equalize(block, view, calls, 1.0)
     with float_only(block), torch.no_grad():
         for call in calls:
@@ -170,7 +171,7 @@ def test_the_block_keeps_its_output_and_gets_new_ranges():
     for (name, role), quantizer in quantizers.items():
         if role not in RESCALED.get(name, ()):
             continue
-        quantizer.observed = None
+        quantizer.forget_observed()
         if role == "weight":
             quantizer.observe(block.get_submodule(name).weight)
     with quantizer_mode(quantizers.values(), QuantizerMode.OBSERVE), torch.no_grad():

@@ -7,8 +7,8 @@ from apq_mmdet.quantizers import RowAffineQuantizer
 
 def calibrated(bits, factors=(1.0,)):
     quantizer = RowAffineQuantizer(bits, axis=1, groups=len(factors))
-    quantizer.observed = (torch.zeros(len(factors)), torch.ones(len(factors)))
-    steps = [quantizer.parameters_for(*quantizer.observed, f)[0] for f in factors]
+    ends = (torch.zeros(len(factors)), torch.ones(len(factors)))
+    steps = [quantizer.parameters_for(*ends, f)[0] for f in factors]
     quantizer.set_parameters(torch.stack([s[g] for g, s in enumerate(steps)]), torch.zeros(len(factors)))
     return quantizer
 
@@ -89,8 +89,10 @@ def test_a_row_of_zeros_is_spread_evenly_even_where_tiny_numbers_are_flushed():
 def test_refuses_what_is_no_attention_map():
     with pytest.raises(ValueError, match="symmetric"):
         RowAffineQuantizer(4, symmetric=True)
-    with pytest.raises(CalibrationError, match="negative"):
-        RowAffineQuantizer(4).parameters_for(torch.tensor([-0.1]), torch.tensor([1.0]), 1.0)
+    quantizer = RowAffineQuantizer(4)
+    quantizer.observe(torch.tensor([-0.1, 1.0]))
+    with pytest.raises(CalibrationError, match="the row_affine format quantizes softmax outputs; values below 0"):
+        quantizer.set_range_factor(1.0)
 
 
 def test_observed_range_changes_nothing():
