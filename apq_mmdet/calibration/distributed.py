@@ -5,14 +5,15 @@ ties fall the same way for any number of processes.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from mmengine.dist import all_gather_object, get_dist_info
+from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info
 
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers import Quantizer
 
-SHARD = 8  # neighbouring images whose small calls share a tile; the least number of images that a process is given
+SHARD = 8  # neighbouring images, whose small calls share a tile; images are dealt to the processes by shards
 
 
 def own_images(number: int) -> list[int]:
@@ -21,14 +22,11 @@ def own_images(number: int) -> list[int]:
     return [image for image in range(number) if image // SHARD % processes == rank]
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank.
-
-    Raises:
-        CalibrationError: another process is gone.
-    """
+@contextmanager
+def _all_alive() -> Iterator[None]:
+    """Context of what all processes do together."""
     try:
-        return all_gather_object(value)
+        yield
     except RuntimeError as error:
         raise CalibrationError(
             f"another process of this calibration has died or hangs ({error}); its own message says why. Start all "
@@ -36,8 +34,28 @@ def gather(value: Any) -> list[Any]:
         ) from error
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank.
+
+    Raises:
+        CalibrationError: another process is gone.
+    """
+    with _all_alive():
+        return all_gather_object(value)
+
+
+def _told_by(rank: int, value: Any) -> Any:
+    """What the process of this rank gives as ``value``, in all processes."""
+    told = [value]
+    with _all_alive():
+        broadcast_object_list(told, rank)
+    return told[0]
+
+
 def by_shard(own: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    """The values of all shards of all processes in the order of the shards, at most one a process being held.
+    """The values of all shards of all processes in the order of the shards.
+
+    A process holds one value of its own and one of another at a time, however many there are: they may be large.
 
     Args:
         own: (shard, value) of this process' shards in their order; None is passed over.
@@ -45,12 +63,19 @@ def by_shard(own: Iterator[tuple[int, Any]]) -> Iterator[Any]:
     Raises:
         CalibrationError: another process is gone.
     """
-    processes = get_dist_info()[1]
+    rank, processes = get_dist_info()
     entry, turn = next(own, None), 0
     while any(gather(entry is not None)):
         is_due = entry is not None and entry[0] // processes == turn
-        yield from (value for value in gather(entry[1] if is_due else None) if value is not None)
-        entry, turn = next(own, None) if is_due else entry, turn + 1
+        for source in range(processes):
+            value = _told_by(source, entry[1] if is_due and source == rank else None)
+            if value is not None:
+                yield value
+            del value
+        if is_due:
+            entry = None  # given up before the next one is made
+            entry = next(own, None)
+        turn += 1
 
 
 def share_observed(quantizers: Sequence[Quantizer]) -> None:

@@ -1,10 +1,13 @@
 """What a person sees while a search runs: block, layer, candidates left, time left, memory."""
 
+import time
 from typing import Protocol
 
 from tqdm import tqdm
 
 from apq_mmdet.calibration.memory import peak_memory
+
+INTERVAL = 0.5  # seconds between two numbers of candidates that are shown
 
 
 class Progress(Protocol):
@@ -45,6 +48,7 @@ class SearchBar:
         self._ranges = ranges
         self._bar = tqdm(total=sum(ranges.values()), desc="search", unit="range", smoothing=0.05, disable=not shown)
         self._block, self._start, self._memory = "", 0, ""
+        self._searching, self._drawn = False, time.monotonic()
 
     def __enter__(self) -> "SearchBar":
         return self
@@ -58,23 +62,31 @@ class SearchBar:
 
     def finish(self) -> None:
         """The block is finished, however many of its searches were made."""
+        self._searching = False
         self._bar.update(self._start + self._ranges[self._block] - self._bar.n)
 
     def quantizer(self, name: str) -> None:
         """See Progress."""
         self._describe(name)
-        self._bar.update()
+        self._searching = True
 
     def stage(self, name: str) -> None:
         """See Progress."""
         self._describe(name)
-        self._bar.set_postfix_str(self._memory)
 
     def _describe(self, name: str) -> None:
+        self._bar.update(self._searching)  # the one before has ended
+        self._searching = False
         self._bar.set_description(f"{self._block} {name}", refresh=False)
         peaks = [f"{value / 2**30:.1f} GiB" for value in peak_memory().values() if value is not None]
         self._memory = "peak memory " + " + ".join(peaks)  # of the host, and of the GPU where there is one
+        self._draw(self._memory)
 
     def left(self, number: int, what: str) -> None:
         """See Progress."""
-        self._bar.set_postfix_str(f"{number} {what} left, {self._memory}", refresh=False)
+        if time.monotonic() - self._drawn >= INTERVAL:
+            self._draw(f"{number} {what} left, {self._memory}")
+
+    def _draw(self, told: str) -> None:
+        self._bar.set_postfix_str(told)
+        self._drawn = time.monotonic()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import recipe
 from torch import nn
 
@@ -42,17 +43,32 @@ OBJECTIVES = [
     dict(type="mse"),
     *(dict(type="hessian", eliminate=0.1, eliminate_by=by) for by in ("error", "gradient", "weighted")),
     dict(type="mse", eliminate=0.9, eliminate_by="error"),
+    dict(type="cosine"),
 ]
 
 
-def plain_errors(model, calls, layer, role, factors, objective):
+def apart(output, target, kind, metric):
+    """1 - cos of each unit: of a block a whole call here, of a layer a token or an entry of the first axis."""
+    units = -1 if kind == "Linear" else len(output)
+    rows = [
+        t.double().reshape(units, t.shape[-1]) if kind == "Linear" else t.double().flatten(1) for t in (output, target)
+    ]
+    rows = rows if metric == "module" else [t.reshape(1, -1) for t in rows]
+    return float((1 - F.cosine_similarity(*rows)).sum())
+
+
+def plain_errors(layer, calls, role, factors, objective, metric):
     """Each candidate by the formula: sort, drop the lowest, add up, in float64."""
     errors = []
     for factor in factors:
         layer.quantizers[role].set_range_factor(factor)
         total = 0.0
         for call in calls:
-            e = (model(*(x.double() for x in call.args)) - call.outputs[0]).reshape(-1)
+            output = layer(*(x.double() for x in call.args))
+            if objective["type"] == "cosine":
+                total += apart(output, call.outputs[0], layer.kind, metric)
+                continue
+            e = (output - call.outputs[0]).reshape(-1)
             g = call.grads[0].double().reshape(-1)
             cost = e.square() if objective["type"] == "mse" else (g * e).square()
             rank = {"error": e, "gradient": g, "weighted": g * e}[objective.get("eliminate_by", "error")].abs()
@@ -70,14 +86,22 @@ def test_the_choice_of_the_plain_formula(kind, granularity, objective, metric):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[1:3], ids=str)
-@pytest.mark.parametrize("kind", GRANULARITIES)
+@pytest.mark.parametrize("kind", ["linear", "query_key", "attention_value"])
 def test_the_choice_of_the_plain_formula_in_small_tiles(kind, objective, monkeypatch):
+    """At a layer, whose calls have units: a tile is at most two of them."""
     monkeypatch.setattr(units, "TILE_ELEMENTS", 60)
     monkeypatch.setattr(scoring, "BUFFER_ELEMENTS", 600)
-    check_choice(kind, GRANULARITIES[kind][-1], objective, "block")
+    check_choice(kind, GRANULARITIES[kind][-1], objective, "module")
 
 
-def check_choice(kind, granularity, objective, metric):
+@pytest.mark.parametrize("metric", ["module", "block"])
+@pytest.mark.parametrize("kind", GRANULARITIES)
+def test_the_choice_of_the_plain_formula_where_errors_are_tiny(kind, metric):
+    """At eight bits a cosine differs from 1 by little but what float32 rounds off."""
+    check_choice(kind, "tensor", dict(type="cosine"), metric, bits=8, candidates=200)
+
+
+def check_choice(kind, granularity, objective, metric, bits=4, candidates=CANDIDATES):
     """Search the one layer of this kind, and compare."""
     layer, inputs = LAYERS[kind]
     model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
@@ -87,9 +111,11 @@ def check_choice(kind, granularity, objective, metric):
         rule = dict(kind=["Linear", "Conv2d"][kind == "conv"], input=dict(format=granularity))
     settings = recipe(
         "apq",
+        w_bits=bits,
+        a_bits=bits,
         formats=dict(all=rule),
         search=dict(
-            grids=dict.fromkeys(("Linear", "Conv2d", "ConvTranspose2d", "MatMul"), (0.6, 1.1, CANDIDATES)),
+            grids=dict.fromkeys(("Linear", "Conv2d", "ConvTranspose2d", "MatMul"), (0.6, 1.1, candidates)),
             objective=objective,
             metric=metric,
             rounds=1,
@@ -119,6 +145,6 @@ def check_choice(kind, granularity, objective, metric):
     for role in quantized.roles:  # in the order of the search
         factors = settings.search.factors(quantized.kind, quantized.quantizers[role].min_factor)
         with torch.no_grad():
-            errors = plain_errors(exact, calls, exact, role, factors, objective)
+            errors = plain_errors(exact, calls, role, factors, objective, metric)
         assert errors[factors.index(got[role])] == pytest.approx(min(errors), rel=1e-5)
         exact.quantizers[role].set_range_factor(got[role])
