@@ -17,6 +17,8 @@ from mmengine.logging import HistoryBuffer
 
 from apq_mmdet.errors import BadInputError
 
+TEMPORARY = ".*.tmp"  # files that a process which was killed while it wrote leaves behind
+
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write ``content`` so that ``path`` holds either all of it or what it held before."""

@@ -24,7 +24,7 @@ from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.reconstruction import reconstruct, worth_reconstructing
-from apq_mmdet.calibration.sampling import sample_call
+from apq_mmdet.calibration.sampling import sampled_units
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import equalize, rescalings_of
@@ -323,10 +323,7 @@ def _finish_one(
     """Everything that a recipe does to one block; what its report says of it."""
     calls, module, search = UnitCalls(store, name), unit_module(block), recipe.search
     for call in store.take_calls(name, keep_inputs=search.block_input == "quantized"):
-        if search.windows or search.rows:
-            with float_only(block):
-                call = sample_call(block, call, search, seed)
-        calls.add(to_units(block, call).sampled(search.tokens))
+        calls.add(sampled_units(block, call, search, seed))
     if not sum(gather(len(calls))):
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
     factors = search_block(module, calls, search.for_block(name), progress)

@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_map_only
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.recipe import SearchConfig
+from apq_mmdet.calibration.units import UnitCall, to_units
+from apq_mmdet.layers.base import float_only
 from apq_mmdet.registry import ByClass
 
 # block class -> (block, call, search config, generator) -> a smaller call with matching outputs and gradients
@@ -19,6 +21,14 @@ def sample_call(block: nn.Module, call: BlockCall, search: SearchConfig, seed: i
     generator = torch.Generator().manual_seed(seed * 1_000_003 + call.image)
     sampler = SAMPLERS.find(block)
     return call if sampler is None else sampler(block, call, search, generator)
+
+
+def sampled_units(block: nn.Module, call: BlockCall, search: SearchConfig, seed: int) -> UnitCall:
+    """The units of a call on which its block is judged: all, or those of the samples that the search asks for."""
+    if search.windows or search.rows:
+        with float_only(block):
+            call = sample_call(block, call, search, seed)
+    return to_units(block, call).sampled(search.tokens)
 
 
 def sample_rows(block: nn.Module, call: BlockCall, search: SearchConfig, generator: torch.Generator) -> BlockCall:

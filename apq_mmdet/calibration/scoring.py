@@ -16,7 +16,6 @@ from apq_mmdet.calibration.units import Batch, UnitCall, batches, rows_of
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer
 
-SCREENS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # shares of a call's units on which candidates can be screened
 PROBE = 0.02  # share of the units on which they are compared at first
 TOGETHER = 8  # candidates that are evaluated in full before the others are compared with the best so far
 WORTHWHILE = 0.9  # a screen that is expected to spare less than a tenth of the work is left out

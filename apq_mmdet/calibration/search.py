@@ -12,7 +12,6 @@ from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.replay import fixed_weights, layer_calls, layer_runs
 from apq_mmdet.calibration.scoring import (
     PROBE,
-    SCREENS,
     TOGETHER,
     Candidate,
     Choice,
@@ -21,7 +20,7 @@ from apq_mmdet.calibration.scoring import (
     relative,
     sum_by_image,
 )
-from apq_mmdet.calibration.units import UnitCalls
+from apq_mmdet.calibration.units import SCREENS, UnitCalls
 from apq_mmdet.calibration.weight_errors import in_closed_form, weight_errors
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
@@ -196,7 +195,7 @@ class SlotErrors:
         layer = slot.layer if self._at_layers else None
         if layer not in self._masses:  # asked of all processes at once, whatever each of them has recorded
             calls = self.calls if layer is None else self.recorded(layer)
-            self._masses[layer] = dict(zip(SCREENS, calls.masses(SCREENS), strict=True))
+            self._masses[layer] = calls.masses()
         return self._masses[layer]
 
     def recorded(self, layer: QuantizedLayer) -> UnitCalls:

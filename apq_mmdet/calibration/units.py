@@ -5,7 +5,7 @@ the first units alone tell most of the bad candidates.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -19,6 +19,7 @@ from apq_mmdet.calibration.distributed import SHARD, gather
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.registry import ByClass
 
+SCREENS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # shares of a call's units on which candidates can be screened
 TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
 
 
@@ -203,7 +204,7 @@ class UnitCalls:
     def __init__(self, store: TensorStore, key: Hashable) -> None:
         self._store, self._key = store, key
         self._calls: list[UnitCall] = []  # without tensors
-        self._energies: list[Tensor] = []  # of the first unit, the first two, ...; float64 [units]
+        self._energies: list[list[float]] = []  # of the first units: those of each share of SCREENS, and all
         self._sizes: list[int] = []
         self._signatures: list[str] = []
 
@@ -212,9 +213,7 @@ class UnitCalls:
         if not call.targets.numel():
             return
         self._store.put((self._key, len(self._calls)), call.tensors())
-        alike = torch.ones(len(call.targets), dtype=torch.float64)
-        energies = alike if call.grads is None else call.grads.square().sum(1, dtype=torch.float64)
-        self._energies.append(energies.cumsum(0).cpu())
+        self._energies.append(_energies(call))
         self._sizes.append(call.targets.numel())
         self._signatures.append(call.signature)
         empty = torch.empty(0)
@@ -243,23 +242,19 @@ class UnitCalls:
         left_out = self._unimportant(share)
         return (self[index] for index in range(len(self)) if index not in left_out)
 
-    def masses(self, shares: Sequence[float]) -> list[float]:
-        """Part of all squared gradients that ``most_important`` and ``UnitCall.first`` of each share have."""
-        gathered = gather([self._energy(share) for share in (*shares, 1.0)])
-        *kept, total = (sum(part) for part in zip(*gathered, strict=True))
-        return [mass / total if total else 0.0 for mass in kept]
-
-    def _energy(self, share: float) -> float:
-        left_out = self._unimportant(share)
-        return sum(
-            float(energies[math.ceil(share * len(energies)) - 1 if call.separable else -1])
-            for index, (call, energies) in enumerate(zip(self._calls, self._energies, strict=True))
-            if index not in left_out
-        )
+    def masses(self) -> dict[float, float]:
+        """Part of all squared gradients that ``most_important`` and ``UnitCall.first`` have, by share of SCREENS."""
+        shares = (*SCREENS, 1.0)
+        own = []
+        for position, share in enumerate(shares):
+            left_out = self._unimportant(share)
+            own.append(sum(e[position] for index, e in enumerate(self._energies) if index not in left_out))
+        *kept, total = (sum(part) for part in zip(*gather(own), strict=True))
+        return {share: mass / total if total else 0.0 for share, mass in zip(SCREENS, kept, strict=True)}
 
     def _unimportant(self, share: float) -> set[int]:
         whole = [index for index, call in enumerate(self._calls) if not call.separable]
-        whole.sort(key=lambda index: -float(self._energies[index][-1]))
+        whole.sort(key=lambda index: -self._energies[index][-1])
         return set(whole[math.ceil(share * len(whole)) :])
 
     def of_layer(self, index: int) -> "UnitCalls":
@@ -270,6 +265,17 @@ class UnitCalls:
         """Take all calls out of the store."""
         for index in range(len(self)):
             self._store.drop((self._key, index))
+
+
+def _energies(call: UnitCall) -> list[float]:
+    """Sum of squared gradients of the first units, those of each share of SCREENS and all; without any, their number.
+
+    Calls whose units cannot be judged apart are looked at whole or not at all.
+    """
+    alike = torch.ones(len(call.targets), dtype=torch.float64)
+    sums = (alike if call.grads is None else call.grads.square().sum(1, dtype=torch.float64)).cumsum(0)
+    last = [math.ceil(share * len(sums)) - 1 if call.separable else -1 for share in (*SCREENS, 1.0)]
+    return sums[last].tolist()
 
 
 @dataclass(frozen=True)

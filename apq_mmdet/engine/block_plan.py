@@ -10,6 +10,8 @@ from torch import nn
 from apq_mmdet.calibration.compensation import CompensationConfig, is_compensated
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig, worth_reconstructing
+from apq_mmdet.calibration.sampling import sampled_units
+from apq_mmdet.calibration.units import to_units
 from apq_mmdet.calibration.weight_errors import in_closed_form
 from apq_mmdet.engine.counting import Count, CountedCall, suffix_operations
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
@@ -17,6 +19,19 @@ from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_o
 BACKWARD = 3  # a forward and its backward, in forwards
 FLOAT64 = 2
 SUMS = 2  # [K, K] matrices of which every token is a part, where a weight's errors have a closed form
+
+
+@dataclass
+class JudgedCall(CountedCall):
+    """What the search and what is fitted after it see of a call.
+
+    Attributes:
+        units: number of parts that can be judged apart; 1 where the call has none.
+        separable: whether it can be taken apart.
+    """
+
+    units: int = 1
+    separable: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class BlockPlan:
         ranked: candidates that are judged at the output of their layer, all quantizers and rounds.
         judged: candidates that are judged at the output of the block, all quantizers and rounds.
         operations: of one float forward on the image.
-        search_operations: of the search on the image, an upper bound.
+        search_operations: of the search on the image, or on the sample of it that the search asks for; an upper bound.
         fit_operations: of the sums of compensation, and of what reconstruction does with all units, on the image.
         fixed_operations: of the closed forms of search and compensation and the training steps of reconstruction,
             however many images there are.
@@ -55,15 +70,16 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
     search = None if recipe.search is None else recipe.search.for_block(name)
     layers = [layer for _, layer in quantized_layers(block) if layer.quantizers]
     calls = count.calls.get(name, [])
+    judged_calls = [] if search is None else [_judged(block, call, search) for call in calls]
     ranked = judged = search_operations = fixed_operations = 0
     if search is not None:
         for layer in layers:
-            suffix = sum(suffix_operations(call.products, layer) for call in calls)
+            suffix = sum(suffix_operations(call.products, layer) for call in judged_calls)
             for role, quantizer in layer.quantizers.items():
                 at_layer, at_block = _candidates(len(search.candidates(layer.kind, role, quantizer)), search)
                 ranked += search.rounds * at_layer
                 judged += search.rounds * at_block
-                own = _layer_operations(layer, calls)
+                own = _layer_operations(layer, judged_calls)
                 if in_closed_form(search, layer, role, at_layer):
                     matrix = 2 * layer.weight.numel() * layer.depth  # [N, K] times [K, K]
                     fixed_operations += search.rounds * at_layer * matrix
@@ -72,10 +88,10 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
                     search_operations += search.rounds * (at_layer * own + at_block * suffix)
     operations = sum(call.operations for call in calls)
     stages = [stage for stage in recipe.reconstruction if worth_reconstructing(block, stage)]
-    fit_operations = 2 * len(stages) * operations  # the objective before and after
-    fixed_operations += sum(_learning(calls, stage) for stage in stages)
+    fit_operations = 2 * len(stages) * sum(call.operations for call in judged_calls)  # the objective before and after
+    fixed_operations += sum(_learning(judged_calls, stage) for stage in stages)
     if recipe.compensation is not None:
-        sums, closed_forms = _compensation(layers, calls, recipe.compensation)
+        sums, closed_forms = _compensation(layers, judged_calls, recipe.compensation)
         fit_operations, fixed_operations = fit_operations + sums, fixed_operations + closed_forms
     return BlockPlan(
         name=name,
@@ -92,11 +108,19 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
     )
 
 
+def _judged(block: nn.Module, call: CountedCall, search: SearchConfig) -> JudgedCall:
+    """What is left of a call by samples, where the search asks for them."""
+    whole, sample = to_units(block, call.call), sampled_units(block, call.call, search, seed=0)
+    share = sample.elements / max(whole.elements, 1)
+    products = [(module, round(operations * share)) for module, operations in call.products]
+    return JudgedCall(products=products, units=len(sample.targets), separable=sample.separable)
+
+
 def _captured_bytes(calls: list[CountedCall], gradients: bool) -> int:
     return sum(call.captured + gradients * call.gradients for call in calls)
 
 
-def _layer_operations(layer: QuantizedLayer, calls: list[CountedCall]) -> int:
+def _layer_operations(layer: QuantizedLayer, calls: list[JudgedCall]) -> int:
     return sum(operations for call in calls for module, operations in call.products if module is layer)
 
 
@@ -107,9 +131,7 @@ def _candidates(number: int, search: SearchConfig) -> tuple[int, int]:
     return (number, search.shortlist) if 0 < search.shortlist < number else (0, number)
 
 
-def _compensation(
-    layers: list[QuantizedLayer], calls: list[CountedCall], config: CompensationConfig
-) -> tuple[int, int]:
+def _compensation(layers: list[QuantizedLayer], calls: list[JudgedCall], config: CompensationConfig) -> tuple[int, int]:
     """Of the sums over tokens on the image, and of the closed forms behind them.
 
     For each layer [N, K] the float and the quantized block run, at most to their ends, and every token adds to two
@@ -129,7 +151,7 @@ def _compensation(
     return sums, closed_forms
 
 
-def _learning(calls: list[CountedCall], config: ReconstructionConfig) -> int:
+def _learning(calls: list[JudgedCall], config: ReconstructionConfig) -> int:
     """Steps on ``batch`` units of calls that can be taken apart, and on one whole call of those that cannot."""
     units = sum(call.units for call in calls)
     drawn = sum(call.operations * (config.batch if call.separable else call.units) for call in calls)

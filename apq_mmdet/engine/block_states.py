@@ -15,7 +15,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import plain, tensor_bytes, write_atomic, write_json
+from apq_mmdet.files import TEMPORARY, plain, tensor_bytes, write_atomic, write_json
 
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
@@ -53,13 +53,17 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
     if resume and changed:
         raise BadInputError(
             f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the "
-            f"command of that run, or drop --resume to start anew"
+            f"command of that run, or use another --work-dir"
         )
     blocks = len(list(folder.glob("*.pth")))
-    if blocks and not resume and not changed and not (folder / FINISHED).exists():
+    if blocks and not resume and not (folder / FINISHED).exists():
+        if changed:
+            whose = f"a run that was broken off, from which this one differs in {', '.join(changed)}"
+            remedy = "repeat the command of that run with --resume, use another --work-dir,"
+        else:
+            whose, remedy = "this very run", "go on with --resume,"
         raise BadInputError(
-            f"{folder} holds {blocks} finished blocks of this very run: go on with --resume, or delete the folder to "
-            f"start anew"
+            f"{folder} holds {blocks} finished blocks of {whose}: {remedy} or delete the folder to start anew"
         )
 
 
@@ -88,7 +92,7 @@ class BlockStatesOnDisk:
     """One file a finished block in ``folder``, beside a description of the run that they belong to.
 
     Args:
-        folder: made if absent; what an earlier run has left in it is deleted, unless this one goes on with it.
+        folder: made if absent; what a finished run has left in it is deleted, unless this one goes on with it.
         run: description of everything that the result depends on; plain containers.
         resume: go on with what is there; otherwise start anew.
 
@@ -104,9 +108,11 @@ class BlockStatesOnDisk:
         _lock(folder)
         for leftover in folder.glob(CAPTURES):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.glob(TEMPORARY):
+            leftover.unlink(missing_ok=True)
         if resume and (folder / DESCRIPTION).exists():
             return
-        for path in (folder / DESCRIPTION, folder / FINISHED, *folder.glob("*.pth")):
+        for path in (*folder.glob("*.pth"), folder / FINISHED):  # whose they are is the last to go
             path.unlink(missing_ok=True)
         write_json(folder / DESCRIPTION, _described(run))
 

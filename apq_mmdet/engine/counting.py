@@ -1,4 +1,4 @@
-"""Counting what one forward does: operations of matrix products, in the order of execution, captured bytes, units.
+"""Counting what one forward does: operations of matrix products, in the order of execution, and captured bytes.
 
 Operations are those of Linear, Conv2d, ConvTranspose2d and attention products, two for each multiply-accumulate.
 """
@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, hooked, tensors_of, watch_blocks
-from apq_mmdet.calibration.units import to_units
 from apq_mmdet.layers.matmul import Product
 
 # float class -> (module, its first input, its output) -> operations of one call; subclasses count alike
@@ -32,15 +31,13 @@ class CountedCall:
         products: (module, operations) in the order of execution.
         captured: bytes of inputs and outputs.
         gradients: bytes of the outputs' gradients.
-        units: number of parts that can be judged apart, where they were counted; 1 where the call has none.
-        separable: whether it can.
+        call: what the block was given and gave, where that was asked for.
     """
 
     products: list[tuple[nn.Module, int]] = field(default_factory=list)
     captured: int = 0
     gradients: int = 0
-    units: int = 0
-    separable: bool = False
+    call: BlockCall | None = None
 
     @property
     def operations(self) -> int:
@@ -62,11 +59,11 @@ class Count:
 
 
 @contextlib.contextmanager
-def counting(model: nn.Module, blocks: dict[str, nn.Module], units: bool = False) -> Iterator[Count]:
+def counting(model: nn.Module, blocks: dict[str, nn.Module], keep: bool = False) -> Iterator[Count]:
     """Context in which the forwards of ``model`` are counted; blocks do not hold one another.
 
     Args:
-        units: whether to take calls apart to count their units, which takes copies of them.
+        keep: whether to keep what blocks were given and gave.
     """
     count = Count()
     running: list[CountedCall] = []  # the call of the block that runs now, if one does
@@ -85,9 +82,8 @@ def counting(model: nn.Module, blocks: dict[str, nn.Module], units: bool = False
     def end(name: str, args: tuple, kwargs: dict, output: Any) -> None:
         call, outputs = running.pop(), tensors_of(output)
         call.captured, call.gradients = bytes_of((args, kwargs, outputs)), bytes_of(outputs)
-        if units:
-            parts = to_units(blocks[name], BlockCall(args, kwargs, outputs, None, image=0))
-            call.units, call.separable = len(parts.targets), parts.separable
+        if keep:
+            call.call = BlockCall(args, kwargs, outputs, None, image=0)
 
     products = [module for module in model.modules() if isinstance(module, tuple(OPERATIONS))]
     hooks = [module.register_forward_hook(add, with_kwargs=True) for module in products]

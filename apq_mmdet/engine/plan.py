@@ -1,4 +1,4 @@
-"""What a calibration would do and about cost, from one image: counted operations and bytes, a measured rate.
+"""What a calibration would do, and its cost, about: from operations and bytes of one image, and a measured rate.
 
 Operations are those of matrix products, see counting.py.
 """
@@ -139,25 +139,26 @@ def make_plan(
     """
     check_model(model, recipe)
     blocks = partition(model)
+    searched = recipe.search is not None  # without a search nothing is captured
     sample = images[0]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), float_only(model):
-            with counting(model, blocks, units=bool(recipe.reconstruction)) as count:
+            with counting(model, blocks, keep=searched) as count:
                 teacher = task.teacher(model, sample)
             seconds = _seconds(model, sample, task)  # the counted forward has warmed up
+            order = list(dict.fromkeys([*count.calls, *blocks]))
+            planned = [plan_block(name, blocks[name], count, recipe) for name in order]
     finally:
         model.train(was_training)
-    searched = recipe.search is not None  # without a search nothing is captured
-    order = list(dict.fromkeys([*count.calls, *blocks]))
     return Plan(
         detector=type(model).__name__,
         recipe=recipe,
         images=len(images),
         processes=get_dist_info()[1],
         own=len(own_images(len(images))),
-        blocks=[plan_block(name, blocks[name], count, recipe) for name in order],
+        blocks=planned,
         operations=count.operations,
         seconds=seconds,
         machine=_machine(model),
@@ -268,9 +269,9 @@ def _time_lines(plan: Plan) -> list[str]:
             passes,
         ]
     sampled = [f"{key} = {getattr(search, key)}" for key in ("windows", "rows", "tokens") if getattr(search, key)]
-    before = f", before sampling ({', '.join(sampled)})" if sampled else ""
+    samples = f", on samples ({', '.join(sampled)})" if sampled else ""
     lines = [
-        f"search: at most {_number(plan.search_operations)} operations on {plan.images} images{before}",
+        f"search: at most {_number(plan.search_operations)} operations on {plan.images} images{samples}",
         f"time: about {_seconds_text(plan.calibration_seconds)} here ({machine})",
         passes,
         f"  search: {plan.own} images at that rate = {_seconds_text(plan.search_seconds)}",
@@ -283,8 +284,8 @@ def _time_lines(plan: Plan) -> list[str]:
     return [
         *lines,
         "  The search figure is every candidate in every round on the part of its block that it changes, at the rate",
-        "  of the float forward. Screening, sampling and idle rounds make it less; quantizers and errors,",
-        "  no matrix products, make it more, and can outweigh that on small images. Evaluation comes on top.",
+        "  of the float forward. Screening and idle rounds make it less; quantizers and errors, no matrix",
+        "  products, make it more, and can outweigh that on small images. Evaluation comes on top.",
     ]
 
 

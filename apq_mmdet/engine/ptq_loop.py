@@ -143,6 +143,7 @@ class PTQLoop(TestLoop):
         """Calibrate, save, evaluate; returns the quantized model's metrics (empty without evaluation)."""
         if self.dry_run:
             if is_main_process():
+                print(render_table(self.model.quantization_table), end="\n\n")
                 print(render_plan(make_plan(self.model, self.images, self.task, self.model.recipe, self.memory_budget)))
             return {}
         start = time.perf_counter()

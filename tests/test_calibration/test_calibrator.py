@@ -111,7 +111,7 @@ def test_quantized_inputs_take_one_replay_in_total(monkeypatch):
         calibrate(model, IMAGES, settings)
     assert set(runs["float"].values()) == {2 * len(IMAGES)}  # the float and the disturbed pass; views do the rest
     extra = runs["quantized"] - runs["float"]
-    # the replayed forward of a finished block is counted too, but costs nothing
+    # the replayed forward of a finished block is counted too, but runs nothing: it hands out what is stored
     assert list(extra.values()) == [len(IMAGES) * n for n in reversed(range(1, len(extra) + 1))]
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from apq_mmdet.calibration.scoring import SCREENS, TOGETHER, best_candidate
+from apq_mmdet.calibration.scoring import TOGETHER, best_candidate
+from apq_mmdet.calibration.units import SCREENS
 from apq_mmdet.errors import CalibrationError
 
 NAN, INF = float("nan"), float("inf")

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,16 @@ from torch import nn
 from apq_mmdet.calibration.blocks import BlockCall, partition, tensors_of
 from apq_mmdet.calibration.distributed import SHARD
 from apq_mmdet.calibration.store import TensorStore
-from apq_mmdet.calibration.units import TILE_ELEMENTS, UnitCalls, batches, rows_of, scattered, to_units, unit_module
+from apq_mmdet.calibration.units import (
+    SCREENS,
+    TILE_ELEMENTS,
+    UnitCalls,
+    batches,
+    rows_of,
+    scattered,
+    to_units,
+    unit_module,
+)
 from apq_mmdet.layers import float_only, quantize_model
 
 
@@ -118,7 +128,7 @@ def test_units_without_gradients_come_scattered_and_count_alike():
     assert places != sorted(places)
     calls = UnitCalls(TensorStore(memory=2**30), "b")
     calls.add(units)
-    assert calls.masses((0.25, 0.5)) == [0.25, 0.5]
+    assert calls.masses() == {share: math.ceil(share * 64) / 64 for share in SCREENS}
     assert calls[0].grads is None
 
 
@@ -163,6 +173,7 @@ def test_whole_calls_are_screened_by_their_gradients():
     assert [c.image for c in calls.most_important(0.3)] == [1]
     assert [c.image for c in calls.most_important(0.5)] == [1, 2]
     assert [c.image for c in calls.most_important(1.0)] == [0, 1, 2]
+    assert calls.masses() == {share: 25 / 35 if share <= 0.3 else 34 / 35 for share in SCREENS}
 
 
 def test_empty_calls_say_nothing():

@@ -54,16 +54,40 @@ def test_a_finished_run_can_be_repeated_and_resumed(tmp_path):
     assert names(tmp_path) == {".lock", "run.json"}
 
 
-def test_another_run_starts_anew_and_deletes_only_what_is_its_own(tmp_path):
+def test_nor_by_another_one(tmp_path):
     with_a_block(tmp_path)
+    for check in (check_folder, BlockStatesOnDisk):
+        with pytest.raises(BadInputError, match=r"broken off, from which this one differs in seed: .*--work-dir"):
+            check(tmp_path, {**RUN, "seed": 1}, False)
+    assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
+
+
+def test_another_run_follows_a_finished_one_and_deletes_only_what_is_its_own(tmp_path):
+    with_a_block(tmp_path).finish()
     (tmp_path / "notes.txt").touch()
     (tmp_path / "apq_capture_killed").mkdir()
+    (tmp_path / ".stages.1.pth.123.tmp").touch()  # of a run that was killed while it wrote
     other = {**RUN, "seed": 1}
     with pytest.raises(BadInputError, match="belongs to another run, it differs in seed"):
         BlockStatesOnDisk(tmp_path, other, resume=True)
     BlockStatesOnDisk(tmp_path, other, resume=False)
     assert names(tmp_path) == {".lock", "run.json", "notes.txt"}
     assert json.loads((tmp_path / "run.json").read_text()).items() >= other.items()
+
+
+def test_a_run_that_is_killed_while_it_deletes_can_start_again(tmp_path, monkeypatch):
+    with_a_block(tmp_path).finish()
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    for what in ("pathlib.Path.unlink", "apq_mmdet.engine.block_states.write_json"):
+        with monkeypatch.context() as patched:
+            patched.setattr(what, die)
+            with pytest.raises(KeyboardInterrupt):
+                BlockStatesOnDisk(tmp_path, {**RUN, "seed": 1}, resume=False)
+    BlockStatesOnDisk(tmp_path, {**RUN, "seed": 1}, resume=False)
+    assert names(tmp_path) == {".lock", "run.json"}
 
 
 def test_what_a_calibration_depends_on(tmp_path):

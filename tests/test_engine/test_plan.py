@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from helpers import CHECKPOINT, build_swin, recipe, short_grids
@@ -169,6 +171,22 @@ def test_what_weighs_no_error_by_gradients_takes_none(swin_images):
     assert [block.captured_bytes for block in plan.blocks[1:]] == [2 * 4 * 64 * 8, 3 * 4 * 64 * 8]
 
 
+def test_samples_are_what_is_counted():
+    images = [torch.randn(1, 3, 112, 112)]  # 28 x 28 tokens in 4 x 4 windows
+    settings = dict(compensation=dict(weighted=False), reconstruction=dict(max_bits=4))
+
+    def block_of(**search):
+        used = recipe("apq", search=dict(rounds=1, grids=short_grids(4), **search), **settings)
+        return plan_of(build_swin(), used, images).blocks[1]
+
+    whole, tokens, windows = block_of(), block_of(tokens=4 * 49), block_of(windows=2)
+    assert tokens == windows
+    for key in ("search_operations", "fit_operations"):
+        assert getattr(whole, key) == 4 * getattr(tokens, key)
+    for key in ("operations", "captured_bytes", "judged", "fixed_operations"):
+        assert getattr(whole, key) == getattr(tokens, key)
+
+
 def test_a_step_takes_a_whole_call_where_it_cannot_be_taken_apart():
     model = nn.Sequential(nn.Linear(4, 6))  # no block class: a block of its own, whose calls stay whole
     used = recipe("apq", reconstruction=dict(iterations=10, batch=3), search=dict(rounds=1, grids=short_grids(4)))
@@ -227,15 +245,17 @@ def test_the_command_prints_the_plan_and_does_nothing(config, tmp_path, capsys):
     (states / "apq_capture_left").mkdir(parents=True)
     (states / "block.pth").write_bytes(b"kept")
     (states / "run.json").write_text("{}")
+    (states / "finished").touch()
     assert dry_run(config, tmp_path, "--scope", "detector", "--eval-float") == 0
     text = capsys.readouterr().out
     assert "plan: MaskRCNN, recipe apq_fast, W4A4, scope detector" in text
-    assert "before sampling (windows = 2, rows = 32)" in text
+    assert "on samples (windows = 2, rows = 32)" in text
+    assert re.search(r"backbone\.patch_embed\.projection +Conv2d +input +8 ", text)  # which keeps eight bits
     # in the order of execution
     names = ("backbone.patch_embed", "backbone.stages.3.blocks.1", "neck", "rpn_head", "roi_head.mask_head")
     rows = [text.index(f"\n{name} ") for name in names]
     assert rows == sorted(rows)
-    assert {p.name for p in states.iterdir()} == {"apq_capture_left", "block.pth", "run.json"}
+    assert {p.name for p in states.iterdir()} == {"apq_capture_left", "block.pth", "finished", "run.json"}
     assert (states / "block.pth").read_bytes() == b"kept"
     assert not any((tmp_path / name).exists() for name in ("quantized.pth", "config.py", "report.json"))
 
