@@ -1,9 +1,13 @@
 import pytest
 import torch
+from helpers import observed, recipe
+from torch import nn
 
-from apq_mmdet.calibration.scoring import TOGETHER, best_candidate
-from apq_mmdet.calibration.units import SCREENS
+from apq_mmdet.calibration.objectives import build_objective
+from apq_mmdet.calibration.scoring import TOGETHER, Candidate, best_candidate, candidate_errors
+from apq_mmdet.calibration.units import SCREENS, UnitCall
 from apq_mmdet.errors import CalibrationError
+from apq_mmdet.layers import quantize_model, quantized_layers
 
 NAN, INF = float("nan"), float("inf")
 
@@ -22,6 +26,31 @@ class Errors:
         self.cost += len(candidates) * share
         self.shares.append(share)
         return self.errors[candidates] * (1.0 if share == 1 else self.masses[share])
+
+
+@pytest.mark.parametrize("eliminate", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("eliminate_by", ["error", "gradient", "weighted"])
+@torch.no_grad()
+def test_the_most_important_units_bound_the_whole_error(eliminate, eliminate_by):
+    """Even if the errors that are dropped are the most important ones: of large gradients."""
+    layer = nn.Linear(6, 5)
+    quantize_model(model := nn.Sequential(layer), recipe("minmax").policy)
+    ((_, layer),) = quantized_layers(model)
+    x = torch.randn(50, 6)
+    (targets,) = observed(layer, [(x,)])
+    grads = 1 / ((layer(x) - targets).abs() + 1e-4).square()  # the least errors cost most
+    call = UnitCall((x,), {}, targets, grads, torch.zeros(50, dtype=torch.int64), 0, targets.numel(), True)
+    objective = build_objective(dict(type="hessian", eliminate=eliminate, eliminate_by=eliminate_by))
+    candidates = [Candidate(factor) for factor in (0.5, 0.8, 1.0, 1.1)]
+
+    def errors(share):
+        some = [call.by_importance().first(share)]
+        ((_, found),) = candidate_errors(layer, some, layer, "input", candidates, objective)
+        return found
+
+    bounds = [errors(share) for share in SCREENS]
+    assert all((bound <= errors(1.0)).all() for bound in bounds)
+    assert float(bounds[-1].min()) > 0
 
 
 def best(errors, expected=None, eliminate=0.0):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -85,13 +86,17 @@ def test_detector_apis(result, data):
     assert scores == pytest.approx(found.scores.tolist())
 
 
-def test_killed_and_resumed_gives_the_same_bytes(result, config, tmp_path):
-    args = [sys.executable, ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
-    states = tmp_path / "calibration"
-    process = subprocess.Popen([*args, "--no-eval"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(states.glob("*.pth"))) <= 3:
+def wait_for_blocks(process, folder):
+    """Until some blocks are finished and kept."""
+    while len(list((folder / "calibration").glob("*.pth"))) <= 3:
         assert process.poll() is None
         time.sleep(0.01)
+
+
+def test_killed_and_resumed_gives_the_same_bytes(result, config, tmp_path):
+    args = [sys.executable, ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
+    process = subprocess.Popen([*args, "--no-eval"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_blocks(process, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "quantized.pth").exists()
@@ -215,11 +220,30 @@ def test_help_teaches(capsys):
     assert "exit codes" in text
 
 
-def test_two_processes_give_the_same_bytes_and_ap(result, config, tmp_path):
+def process_of_rank(rank, launcher):
+    """Its id, among those that torchrun has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and b"\0RANK=%d\0" % rank in b"\0" + (folder / "environ").read_bytes():
+                return int(folder.name)
+    raise LookupError(f"no process of rank {rank}")
+
+
+def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes_and_ap(result, config, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = [ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
     args += ["--launcher", "pytorch", "--memory-budget", "0.001"]  # so small that captures go to disk
-    subprocess.run([*launch, *args], check=True, capture_output=True)
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen([*launch, *args], stdout=said, stderr=said)
+        wait_for_blocks(run, tmp_path)
+        os.kill(process_of_rank(1, run.pid), signal.SIGKILL)
+        assert run.wait(120) != 0
+    assert re.search(
+        r"another process of this calibration has died|Signal 9 \(SIGKILL\)", (tmp_path / "said").read_text()
+    )
+    assert not (tmp_path / "quantized.pth").exists()
+    subprocess.run([*launch, *args, "--resume"], check=True, capture_output=True)
     assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
     alone, together = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path))
     assert together["quantized"] == alone["quantized"]
