@@ -173,6 +173,19 @@ def test_refusals(name, settings, message):
     [
         (dict(linear=dict(kind="Linear", weight=dict(format="log_sqrt2"))), r"format 'log_sqrt2' does not fit role"),
         (
+            dict(products=dict(kind="MatMul", query=dict(format="log_sqrt2"))),
+            r"role 'attention', not for 'query'",
+        ),
+        (
+            dict(linear=dict(kind="Linear", input=dict(format="row_affine"))),
+            r"role 'attention', not for 'input'",
+        ),
+        (
+            dict(linear=dict(kind="Linear", input=dict(format="matthew"))),
+            r"softmax outputs and is for role 'attention'",
+        ),
+        (dict(products=dict(kind="MatMul", value=dict(format="twin_gelu"))), r"GELU outputs and is for role 'input'"),
+        (
             dict(products=dict(kind="MatMul", attention=dict(format="adaptive_log", symmetric=True))),
             r"'attention': .*symmetric=True makes no sense",
         ),

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 from apq_mmdet.calibration.blocks import BlockCall
 from apq_mmdet.calibration.recipe import SearchConfig
-from apq_mmdet.calibration.units import UnitCall, to_units
+from apq_mmdet.calibration.units import UnitCall, seed_of, to_units
 from apq_mmdet.layers.base import float_only
 from apq_mmdet.registry import ByClass
 
@@ -18,7 +18,7 @@ SAMPLERS = ByClass()
 
 def sample_call(block: nn.Module, call: BlockCall, search: SearchConfig, seed: int) -> BlockCall:
     """A smaller call of this block if the search asks for one; the choice depends on seed and image alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + call.image)
+    generator = torch.Generator().manual_seed(seed_of(seed, call.image))
     sampler = SAMPLERS.find(block)
     return call if sampler is None else sampler(block, call, search, generator)
 
@@ -28,7 +28,7 @@ def sampled_units(block: nn.Module, call: BlockCall, search: SearchConfig, seed:
     if search.windows or search.rows:
         with float_only(block):
             call = sample_call(block, call, search, seed)
-    return to_units(block, call).sampled(search.tokens)
+    return to_units(block, call).sampled(search.tokens, seed)
 
 
 def sample_rows(block: nn.Module, call: BlockCall, search: SearchConfig, generator: torch.Generator) -> BlockCall:

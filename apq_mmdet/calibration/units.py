@@ -114,12 +114,15 @@ class UnitCall:
             order = self.grads.square().sum(1).argsort(descending=True, stable=True)
         return self.map(lambda t: t[order])
 
-    def sampled(self, tokens: int) -> "UnitCall":
-        """A random sample of the units, of at most so many tokens but at least one unit; all of them for 0."""
+    def sampled(self, tokens: int, seed: int) -> "UnitCall":
+        """A random sample of the units, of at most so many tokens but at least one unit; all of them for 0.
+
+        It depends on seed and image alone.
+        """
         number = max(1, tokens // self.tokens)
         if not tokens or not self.separable or number >= len(self.targets):
             return self
-        chosen = scattered(len(self.targets))[:number].sort().values.to(self.targets.device)
+        chosen = scattered(len(self.targets), seed_of(seed, self.image))[:number].sort().values.to(self.targets.device)
         part = self.map(lambda t: t[chosen])
         return replace(part, elements=part.targets.numel() - int(part.padding.sum()))
 
@@ -146,9 +149,14 @@ class UnitCall:
         )
 
 
-def scattered(number: int) -> Tensor:
-    """A random order of so many units, the same for the same number, int64: any part of it is a sample of them."""
-    return torch.randperm(number, generator=torch.Generator().manual_seed(0))
+def scattered(number: int, seed: int = 0) -> Tensor:
+    """A random order of so many units, int64: any part of it is a sample of them."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+
+
+def seed_of(seed: int, image: int) -> int:
+    """That of the samplers of one image."""
+    return seed * 1_000_003 + image
 
 
 def rows_of(outputs: list[Tensor], units: int) -> Tensor:

@@ -67,7 +67,7 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
 
     Raises:
         BadInputError: the granularity makes no sense for this role or does not divide the axis, or the format of a
-            weight is not linear.
+            weight is not linear, or a format is for other roles or kinds of layers.
     """
     # factors of the input channels move into the weights; nothing moves them into those of a transposed convolution
     if role == "weight" or (role == "input" and LAYERS[type(layer)].kind in ("Linear", "Conv2d")):
@@ -91,6 +91,11 @@ def build_quantizer(layer: nn.Module, role: str, spec: QuantizerSpec, name: str)
         raise BadInputError(
             f"layer {name!r}: format {spec.format!r} does not fit role 'weight', because weights are kept as affine "
             f"codes; use format 'affine'"
+        )
+    if quantizer.roles and role not in quantizer.roles:
+        raise BadInputError(
+            f"layer {name!r}: format {spec.format!r} quantizes {quantizer.source} and is for role "
+            f"{' or '.join(map(repr, quantizer.roles))}, not for {role!r}; use format 'affine'"
         )
     kind = LAYERS[type(layer)].kind
     if quantizer.inputs_of and (role != "input" or kind not in quantizer.inputs_of):

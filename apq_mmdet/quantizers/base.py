@@ -51,6 +51,7 @@ class Quantizer(nn.Module, ABC):
         source: where that comes from, for messages.
         min_factor: smallest range factor that a search may choose.
         ranged: whether the range factor changes anything; where not, a search need not try more than one.
+        roles: the only roles that the format may quantize; empty for all.
         inputs_of: the only kinds of layers whose inputs the format may quantize; empty for all.
         dynamic: whether the grid of a value follows the values around it.
         centered: whether layers take the mean of each channel off what it quantizes.
@@ -64,6 +65,7 @@ class Quantizer(nn.Module, ABC):
     source = "any tensor"
     min_factor = 0.0
     ranged = True
+    roles: tuple[str, ...] = ()
     inputs_of: tuple[str, ...] = ()
     dynamic = False
     centered = False

@@ -22,6 +22,7 @@ class MatthewQuantizer(AffineQuantizer):
     signed = False
     lowest = 0.0
     source = "softmax outputs"
+    roles = ("attention",)
     min_factor = 0.9
 
     def parameters_for(

@@ -15,6 +15,7 @@ class NonlinearQuantizer(Quantizer):
     signed = False
     lowest = 0.0
     source = "softmax outputs"
+    roles = ("attention",)
 
     @abstractmethod
     def scale_for(self, high: Tensor, factor: float, variant: float | None) -> Tensor:

@@ -24,6 +24,7 @@ class RowAffineQuantizer(DynamicQuantizer):
 
     lowest = 0.0
     source = "softmax outputs"
+    roles = ("attention",)
     grouped = True
 
     def row_steps(self, x: Tensor) -> Tensor:

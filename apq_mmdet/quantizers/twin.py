@@ -64,6 +64,7 @@ class TwinGeluQuantizer(_TwinQuantizer):
 
     lowest = -0.175  # leaves room for approximations of GELU
     source = "GELU outputs"
+    roles = ("input",)
 
     def scale_for(self, high: Tensor, factor: float, variant: float | None) -> Tensor:
         """See the base class."""

@@ -139,18 +139,21 @@ def test_a_sample_of_tokens_is_spread_over_the_units(weighed):
     with float_only(block):
         call = block_call(block, (x, (50, 56)), 0)
         units = to_units(block, call if weighed else replace(call, grads=None))
-        sample = units.sampled(tokens=1000)  # 20 of 64 windows
+        sample = units.sampled(tokens=1000, seed=0)  # 20 of 64 windows
         got = rows_of([unit_module(block)(*sample.args)], len(sample.targets))
     assert torch.allclose(got, sample.targets, atol=1e-5)  # arguments and targets of the same windows
     places = [int((units.targets == target).all(1).nonzero()[0]) for target in sample.targets]
     assert len(set(places)) == 20
     assert places == sorted(places)  # the most important ones first
     assert sample.elements == sample.targets.numel() - int(sample.padding.sum()) < units.elements
+    assert torch.equal(sample.targets, units.sampled(tokens=1000, seed=0).targets)
+    for other in (units.sampled(tokens=1000, seed=1), replace(units, image=1).sampled(tokens=1000, seed=0)):
+        assert not torch.equal(sample.targets, other.targets)
     for tokens in (0, 64 * 49, 10**6):
-        assert units.sampled(tokens) is units
-    assert len(units.sampled(tokens=1).targets) == 1
+        assert units.sampled(tokens, seed=0) is units
+    assert len(units.sampled(tokens=1, seed=0).targets) == 1
     whole = to_units(nn.Linear(8, 8), BlockCall((x,), {}, [x], None, 0))
-    assert whole.sampled(tokens=1) is whole  # it cannot be taken apart
+    assert whole.sampled(tokens=1, seed=0) is whole  # it cannot be taken apart
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 8), (12, 12), (29, 48)])
