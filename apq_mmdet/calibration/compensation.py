@@ -62,9 +62,12 @@ class CompensationConfig:
             check_bool(config.get(key, True), f"{where}.{key}")
         if check_whole(config.get("ranges", 0), f"{where}.ranges", 0) == 1:
             raise BadInputError(f"{where}.ranges: expected 0 or a whole number >= 2, got 1")
+        made = cls(**config)
+        if not (made.activations or made.rounding or made.ranges):
+            raise BadInputError(f"{where}: nothing is made up for with activations, rounding and ranges off; use None")
         if check_number(config.get("damping", 1.0), f"{where}.damping") == 0:
             raise BadInputError(f"{where}.damping: expected a number above 0, got 0")
-        return cls(**config)
+        return made
 
 
 @dataclass

@@ -17,6 +17,7 @@ from apq_mmdet.errors import BadInputError
         (dict(ranges=True), r"quant\.compensation\.ranges: .*got True"),
         (dict(damping=0), r"quant\.compensation\.damping: expected a number above 0, got 0"),
         (dict(damping=float("nan")), r"quant\.compensation\.damping"),
+        (dict(activations=False, rounding=False, ranges=0), "nothing is made up for"),
     ],
 )
 def test_bad_values_are_named(config, message):

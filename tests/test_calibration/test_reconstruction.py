@@ -8,6 +8,7 @@ from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.distributed import SHARD
+from apq_mmdet.calibration.learned import LearnedRounding
 from apq_mmdet.calibration.reconstruction import (
     ROUNDINGS,
     WEIGHTINGS,
@@ -95,6 +96,22 @@ def test_lowers_its_objective(make, weighting, rounding):
     assert done["after"] == pytest.approx(objective(module, calls, weighting), rel=0.02)
     assert done["after"] < 0.9 * done["before"]
     assert all(q.mode is QuantizerMode.QUANTIZE and q.fixed is None for q in quantizers_of(module))
+
+
+def test_roundings_are_decided_in_the_end(monkeypatch):
+    """Soft ones are what the loss saw; the regulariser leaves few of them for the last cut to decide."""
+    ends = []
+    write = LearnedRounding.write
+
+    def note(self):
+        ends.append((self.values.sigmoid() * 1.2 - 0.1).clamp(0, 1))
+        write(self)
+
+    monkeypatch.setattr(LearnedRounding, "write", note)
+    view, calls = swin_block()
+    reconstruct(view, calls, replace(QUICK, rounding_lr=0.05, iterations=400), seed=0)
+    (share,) = ends
+    assert float(((share > 0.05) & (share < 0.95)).float().mean()) < 0.1
 
 
 def with_weights(module):

@@ -1,10 +1,11 @@
 # I&S-ViT (Zhong et al., 2023, arXiv 2311.10126): shift-uniform-log2 codes of softmax and a smooth optimization. As in
-# the official code: weights per channel, channels behind a LayerNorm made even, first activations quantized and then
-# weights too, each time learning against the float model's block output by squared error, on inputs from the quantized
-# blocks before. Different here: step sizes are learned in the first stage and roundings in the second (theirs trains
-# the weights themselves in both, at fixed steps); channels are made even before the first stage (theirs between the
-# two, with zero points), and so are query against key and value against projection; softmax codes u' keep their fractions (theirs are rounded to whole numbers, which lets codes
-# collapse); 200 steps of 16 units a stage (theirs: 1000 of 64 images), so that a demo detector takes minutes.
+# the official code: weights per channel, channels behind a LayerNorm made even, two stages that learn against the
+# float model's block output by squared error, on inputs from the quantized blocks before. Different here: step sizes
+# are learned in the first stage and roundings in the second, weights being quantized in both (theirs trains the
+# weights themselves in both, at fixed steps, and leaves them float in the first); channels are made even before the
+# first stage (theirs between the two, with zero points), and so are query against key and value against projection;
+# softmax codes u' keep their fractions (theirs are rounded to whole numbers, which lets codes collapse); 200 steps of
+# 16 units a stage (theirs: 1000 of 64 images), so that a demo detector takes minutes.
 _base_ = "./minmax.py"
 
 quant = dict(

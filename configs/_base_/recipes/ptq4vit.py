@@ -3,8 +3,8 @@
 # three rounds at the layer's output, twin formats for softmax and for the input behind the GELU, convolutions per
 # channel. Different here: the gradient is that at the quantized model (theirs, of a model against itself, is rounding
 # noise: docs/method.md); a softmax value is of one of the two ranges (theirs is the sum of both); one factor for all
-# heads (theirs one each); factor 1 is max / (2^(k-1) - 1) (theirs max / (2^(k-1) - 0.5)); no bias correction; patch
-# embedding's input with 8 bits (theirs float).
+# heads, and for the weights of query, key and value (theirs one each); factor 1 is max / (2^(k-1) - 1) (theirs max /
+# (2^(k-1) - 0.5)); no bias correction; patch embedding's input with 8 bits (theirs float).
 _base_ = "./minmax.py"
 
 quant = dict(
