@@ -11,15 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from torch import Tensor
 
 from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.engine.float_config import build_model, read_config
 from apq_mmdet.engine.options import check_seed, refuse_overwriting
-from apq_mmdet.engine.quantized_config import read_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
 from apq_mmdet.models import detection_task
@@ -54,9 +52,8 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
         raise BadInputError(f"config {args.config} defines no model")
     if "quant" in cfg.model or "quant" in (cfg.model.get("backbone") or {}):
         raise BadInputError(f"config {args.config} is that of a quantized detector; give the float one")
-    register_all_modules()
     torch.manual_seed(args.seed)
-    model = MODELS.build(cfg.model).eval()
+    model = build_model(cfg).eval()
     rescalings_by_name(model)  # refused before the images are read
     meta = load_float_weights(model, args.checkpoint)
     if args.calib_dir:

@@ -29,7 +29,7 @@ from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import equalize, rescalings_of
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
-from apq_mmdet.errors import BadInputError, CalibrationError
+from apq_mmdet.errors import BadInputError, CalibrationError, listed
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
@@ -253,9 +253,9 @@ def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
         if role != "weight" and quantizer.observed is None
     ]
     if unseen and on_unseen == "error":
-        listed = ", ".join(f"{name} ({role})" for name, role in unseen)
+        layers = listed([f"{name} ({role})" for name, role in unseen])
         raise CalibrationError(
-            f"no calibration data reached {listed}. Use other or more calibration images, or set "
+            f"no calibration data reached {layers}. Use other or more calibration images, or set "
             f"quant.on_unseen='float' to leave such layers in float"
         )
     names = list(dict.fromkeys(name for name, _ in unseen))

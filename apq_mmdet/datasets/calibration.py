@@ -84,12 +84,12 @@ def only_local(path: str) -> str:
     return "; images behind a file backend are not read, only local files" if "://" in path else ""
 
 
-def _innermost(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+def innermost(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     """The data sets inside wrappers such as RepeatDataset, MultiImageMixDataset, ConcatDataset."""
     if "dataset" in dataset:
-        return _innermost(dataset["dataset"])
+        return innermost(dataset["dataset"])
     if "datasets" in dataset:
-        return [inner for part in dataset["datasets"] for inner in _innermost(part)]
+        return [inner for part in dataset["datasets"] for inner in innermost(part)]
     return [dataset]
 
 
@@ -105,7 +105,7 @@ def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
         BadInputError: the config has no test pipeline.
     """
     try:
-        return _innermost(cfg.test_dataloader.dataset)[0]["pipeline"]
+        return innermost(cfg.test_dataloader.dataset)[0]["pipeline"]
     except (AttributeError, KeyError) as error:
         raise BadInputError("the config has no test_dataloader.dataset.pipeline") from error
 
@@ -137,7 +137,7 @@ def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]
     """
     _enter_scope(cfg)
     try:
-        configs = _innermost(cfg.train_dataloader.dataset)
+        configs = innermost(cfg.train_dataloader.dataset)
     except (AttributeError, KeyError) as error:
         raise BadInputError("the config has no train_dataloader.dataset: give a folder with --calib-dir") from error
     if not configs:

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 
 from apq_mmdet.engine.checkpoint import CHECKPOINT
 from apq_mmdet.engine.exit_codes import exit_code_of
+from apq_mmdet.engine.float_config import read_config
 from apq_mmdet.engine.options import (
     KeyValues,
     add_bits,
@@ -26,7 +27,7 @@ from apq_mmdet.engine.options import (
     refuse_idle_keys,
     refuse_overwriting,
 )
-from apq_mmdet.engine.quantized_config import CONFIG, quantized_config, read_config, with_ptq_loop
+from apq_mmdet.engine.quantized_config import CONFIG, quantized_config, with_ptq_loop
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import SCOPES
 

@@ -14,13 +14,10 @@ from typing import Any
 
 import torch
 from mmdet.datasets import CocoDataset
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
 from torch import Tensor
 
 from apq_mmdet.engine.checkpoint import META_KEY
-from apq_mmdet.engine.quantized_config import read_config
+from apq_mmdet.engine.float_config import build_model, read_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
 from apq_mmdet.layers.base import quantized_layers
@@ -173,7 +170,7 @@ def check_against(config: str, state: OrderedDict[str, Tensor], path: str) -> No
         BadInputError: the config builds no float model, or the state does not fit it; keys and shapes are named.
     """
     cfg = read_config(config)
-    model = _build(cfg, config)
+    model = build_model(cfg)
     if any(True for _ in quantized_layers(model)):
         raise BadInputError(f"config {config} quantizes its model; give the config of the float detector")
     try:
@@ -183,14 +180,6 @@ def check_against(config: str, state: OrderedDict[str, Tensor], path: str) -> No
         shown = [line if len(line) < 300 else line[:300] + " ..." for line in lines[:5]]
         more = [f"and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []
         raise BadInputError("\n  ".join([f"checkpoint {path} does not fit config {config}:", *shown, *more])) from error
-
-
-def _build(cfg: Config, path: str) -> torch.nn.Module:
-    register_all_modules()
-    try:
-        return MODELS.build(cfg.model)
-    except Exception as error:  # a config can fail in any way
-        raise BadInputError(f"config {path}: no model can be built: {type(error).__name__}: {error}") from error
 
 
 def _plain(key: str) -> str:

@@ -18,6 +18,7 @@ from mmengine.hooks import EMAHook
 from mmengine.registry import Registry
 
 from apq_mmdet.checks import check_choice
+from apq_mmdet.engine.float_config import read_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.detectors import QuantizedDetector, register_quantized_detectors
 from apq_mmdet.registry import MODELS, SCOPE, class_name
@@ -59,16 +60,6 @@ def read_recipe(name: str) -> Config:
     if not isinstance(recipe.get("quant"), dict):
         raise BadInputError(f"recipe file {path} defines no 'quant' dict")
     return recipe
-
-
-def read_config(path: str) -> Config:
-    """``Config.fromfile``; whatever is wrong with the file becomes a BadInputError that names it."""
-    try:
-        return Config.fromfile(path)
-    except Exception as error:  # a config is code: it can fail in any way
-        if getattr(error, "name", None) == "pkg_resources":  # by which mmengine finds the configs of mmdet
-            raise BadInputError(f'config {path} needs pkg_resources: pip install "setuptools<81"') from error
-        raise BadInputError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) -> Config:

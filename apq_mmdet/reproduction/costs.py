@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from apq_mmdet.calibration.distributed import SHARD
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.datasets.calibration import CalibrationImages, test_pipeline
 from apq_mmdet.engine.checkpoint import load_float_weights
+from apq_mmdet.engine.float_config import build_model
 from apq_mmdet.engine.foreign_checkpoints import convert_file
 from apq_mmdet.engine.plan import make_plan
 from apq_mmdet.errors import BadInputError
@@ -66,7 +66,7 @@ def fitting_checkpoint(detector: Detector, cfg: Config, checkpoint: Checkpoint, 
     Raises:
         BadInputError: neither fits the detector's config.
     """
-    model = _build(cfg)
+    model = build_model(cfg)
     try:
         load_float_weights(model, str(checkpoint.path))
         return checkpoint
@@ -154,16 +154,8 @@ def check_config(row: Row, cfg: Config) -> None:
         )
 
 
-def _build(cfg: Config) -> nn.Module:
-    init_default_scope("mmdet")
-    try:
-        return MODELS.build(cfg.model)
-    except (TypeError, KeyError, AssertionError) as error:
-        raise BadInputError(f"config {cfg.filename}: {type(error).__name__}: {error}") from error
-
-
 def _loaded(cfg: Config, checkpoint: Checkpoint) -> nn.Module:
-    model = _build(cfg)
+    model = build_model(cfg)
     load_float_weights(model, str(checkpoint.path))
     return model.to(get_device())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from apq_mmdet.datasets.calibration import innermost
 from apq_mmdet.errors import BadInputError
 
 COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}
@@ -100,10 +101,8 @@ def on_data(cfg: Config, root: Path) -> Config:
     """A copy of a config that reads its training and test images from a data root in COCO layout."""
     cfg = copy.deepcopy(cfg)
     for loader, split in ((cfg.train_dataloader, TRAIN), (cfg.test_dataloader, VAL)):
-        dataset = loader.dataset
-        while "dataset" in dataset:  # wrappers such as RepeatDataset
-            dataset = dataset.dataset
-        dataset.update(data_root=f"{root}/", ann_file=annotation_file(split), data_prefix=dict(img=f"{split}/"))
+        for dataset in innermost(loader.dataset):
+            dataset.update(data_root=f"{root}/", ann_file=annotation_file(split), data_prefix=dict(img=f"{split}/"))
     for evaluator in [cfg.test_evaluator] if isinstance(cfg.test_evaluator, dict) else cfg.test_evaluator:
         evaluator.ann_file = str(root / annotation_file(VAL))
     return cfg

@@ -18,7 +18,7 @@ import apq_mmdet
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.command import build_runner, choose_device, leave_launcher, prepare_launcher
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.quantized_config import read_config
+from apq_mmdet.engine.float_config import read_config
 from apq_mmdet.files import write_json
 
 

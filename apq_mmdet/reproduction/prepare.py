@@ -16,7 +16,7 @@ from mmengine.config import Config
 import apq_mmdet
 from apq_mmdet.datasets.calibration import CalibrationImages, choose, training_images
 from apq_mmdet.engine.command import choose_device
-from apq_mmdet.engine.quantized_config import read_config
+from apq_mmdet.engine.float_config import read_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic, write_json
 from apq_mmdet.reproduction import checkpoints

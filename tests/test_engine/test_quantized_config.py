@@ -12,8 +12,9 @@ from mmengine.hooks import EMAHook
 
 from apq_mmdet.engine import command
 from apq_mmdet.engine.checkpoint import load_float_weights
+from apq_mmdet.engine.float_config import read_config
 from apq_mmdet.engine.ptq_loop import PTQLoop
-from apq_mmdet.engine.quantized_config import load_recipe, quantized_config, read_config, standalone_config
+from apq_mmdet.engine.quantized_config import load_recipe, quantized_config, standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.registry import MODELS
 

@@ -19,7 +19,8 @@ from apq_mmdet.calibration import calibrate
 from apq_mmdet.engine import command
 from apq_mmdet.engine.block_states import BlockStatesOnDisk
 from apq_mmdet.engine.checkpoint import load_float_weights, save_quantized
-from apq_mmdet.engine.quantized_config import quantized_config, read_config, standalone_config
+from apq_mmdet.engine.float_config import read_config
+from apq_mmdet.engine.quantized_config import quantized_config, standalone_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_json
 from apq_mmdet.layers import packed_state_dict, quantize_model
