@@ -10,7 +10,7 @@ quant = dict(
     recipe="brecq",
     search=dict(objective=dict(type="hessian")),
     reconstruction=[
-        dict(weighting="hessian", iterations=250, batch=16, keep_float=1.0, rounding_lr=1e-2, step_lr=0.0),
+        dict(weighting="hessian", iterations=250, batch=16, keep_float=1.0, rounding_lr=5e-2, step_lr=0.0),
         dict(weighting="hessian", iterations=150, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
     ],
 )

@@ -37,6 +37,6 @@ quant = dict(
     ),
     reconstruction=[
         dict(weighting="none", iterations=200, batch=16, keep_float=0.0, rounding_lr=0.0, step_lr=2e-3),
-        dict(weighting="none", iterations=200, batch=16, keep_float=0.0, rounding_lr=1e-2, step_lr=0.0),
+        dict(weighting="none", iterations=200, batch=16, keep_float=0.0, rounding_lr=5e-2, step_lr=0.0),
     ],
 )

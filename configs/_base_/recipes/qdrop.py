@@ -26,5 +26,5 @@ quant = dict(
             MatMul=(0.5, 1.1, 20),
         ),
     ),
-    reconstruction=dict(weighting="none", iterations=300, batch=16, keep_float=0.5, rounding_lr=1e-2, step_lr=2e-3),
+    reconstruction=dict(weighting="none", iterations=300, batch=16, keep_float=0.5, rounding_lr=5e-2, step_lr=2e-3),
 )
