@@ -1,26 +1,19 @@
 """Finished blocks on disk, so that a killed calibration goes on where it stopped."""
 
-import errno
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import TEMPORARY, plain, tensor_bytes, write_atomic, write_json
+from apq_mmdet.locks import LOCK, lock
 
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
 CAPTURES = "apq_capture_*"  # folders of captured tensors, which a killed run leaves behind
-LOCK = ".lock"  # in the folder, held by the run that works in it
 FORMAT = 2  # of the files of blocks; runs do not go on with those of another
 _LOCKED: dict[Path, IO[str]] = {}  # by this process; closing a file would give its lock back
 
@@ -70,22 +63,13 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
 def _lock(folder: Path) -> None:
     """Keep other processes out for as long as this one lives, though not for the processes that it forks.
 
-    A file system without locks is warned of, and used without.
-
     Raises:
         BadInputError: another process is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None or folder.resolve() in _LOCKED:
-        return
-    file = (folder / LOCK).open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise BadInputError(f"another run works in {folder}: wait for its end or use another --work-dir") from None
-        warnings.warn(f"{folder} cannot be locked ({error}): start no second run in it", stacklevel=2)
-    _LOCKED[folder.resolve()] = file
+    if folder.resolve() not in _LOCKED:
+        refusal = f"another run works in {folder}: wait for its end or use another --work-dir"
+        _LOCKED[folder.resolve()] = lock(folder, refusal)
 
 
 class BlockStatesOnDisk:

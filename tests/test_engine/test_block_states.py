@@ -116,6 +116,6 @@ def test_file_systems_without_locks_are_used_without(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr("apq_mmdet.engine.block_states.fcntl.lockf", fail)
+    monkeypatch.setattr("apq_mmdet.locks.fcntl.lockf", fail)
     with pytest.warns(UserWarning, match="cannot be locked .*start no second run"):
         BlockStatesOnDisk(tmp_path, RUN, resume=False)
