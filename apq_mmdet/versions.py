@@ -18,6 +18,7 @@ OLDEST_TIMM = "1.0.31"  # which is optional
 
 
 def parse(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version; what is no digit counts for nothing: '2.1.0rc1+cpu' -> (2, 1, 1)."""
     numbers = []
     for part in version.split("+")[0].split(".")[:3]:
         digits = "".join(c for c in part if c.isdigit())

@@ -1,7 +1,5 @@
 """Draw the demo data set: ``python tools/make_demo_data.py --out data/demo``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

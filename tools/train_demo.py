@@ -5,8 +5,6 @@ checkpoint is written every epoch: ``--resume`` skips finished stages and goes o
 last stage's weights are exported in half precision, without optimizer, and load with ``weights_only=True``.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

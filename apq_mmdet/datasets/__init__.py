@@ -1,7 +1,7 @@
-"""Data that the toolbox draws or reads by itself: the procedurally drawn demo set."""
+"""Data: the procedurally drawn demo set, and the images of a config or a folder to calibrate on."""
 
-from .demo import annotation, demo_image, write_demo_set
-from .scene import Instance, draw_scene
-from .shapes import CLASSES
+from apq_mmdet.datasets.demo import annotation, demo_image, write_demo_set
+from apq_mmdet.datasets.scene import Instance, draw_scene
+from apq_mmdet.datasets.shapes import CLASSES
 
 __all__ = ["CLASSES", "Instance", "annotation", "demo_image", "draw_scene", "write_demo_set"]

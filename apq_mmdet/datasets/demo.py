@@ -4,8 +4,6 @@ Image ``i`` of a split depends on ``(seed, split, i)`` alone, so the files are t
 workers.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -18,11 +16,11 @@ from typing import Any
 import cv2
 import numpy as np
 from pycocotools import mask as rle
+from tqdm import tqdm
 
+from apq_mmdet.datasets.scene import Image, Instance, draw_scene
+from apq_mmdet.datasets.shapes import CLASSES
 from apq_mmdet.errors import BadInputError
-
-from .scene import Image, Instance, draw_scene
-from .shapes import CLASSES
 
 SPLITS = ("train", "val")
 STAMP = "demo.json"  # tells which demo set a folder holds
@@ -126,8 +124,6 @@ def _drawn(
     folder: Path, split: str, number: int, seed: int, workers: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Entries of all images of a split, in order, with a progress bar."""
-    from tqdm import tqdm
-
     draw = partial(_draw_file, folder, split, seed)
     bar = partial(tqdm, total=number, desc=f"drawing {split}", unit="image")
     if workers <= 1:

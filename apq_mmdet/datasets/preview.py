@@ -1,15 +1,13 @@
 """A contact sheet of the demo set, with the annotations drawn in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .demo import demo_image
-from .scene import LONG_SIDE, Image, Instance
-from .shapes import CLASSES
+from apq_mmdet.datasets.demo import demo_image
+from apq_mmdet.datasets.scene import LONG_SIDE, Image, Instance
+from apq_mmdet.datasets.shapes import CLASSES
 
 PALETTE = (
     (0, 0, 255),

@@ -1,7 +1,5 @@
 """Draws one image of the demo set: clutter, distractors and overlapping objects with their masks."""
 
-from __future__ import annotations
-
 import colorsys
 import math
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .shapes import SHAPES, Field, Outline, Texture, flat
+from apq_mmdet.datasets.shapes import SHAPES, Field, Outline, Texture, flat
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]

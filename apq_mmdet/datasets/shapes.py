@@ -5,8 +5,6 @@ any rotation, scale or stretch has been undone. So a class looks the same at eve
 polygons.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
