@@ -173,6 +173,7 @@ def _total(parts: Iterable[Moments]) -> Moments | None:
             total = part
         else:
             total += part
+        del part  # before the next one is made
     return total
 
 

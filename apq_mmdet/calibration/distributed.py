@@ -55,7 +55,8 @@ def _told_by(rank: int, value: Any) -> Any:
 def by_shard(own: Iterator[tuple[int, Any]]) -> Iterator[Any]:
     """The values of all shards of all processes in the order of the shards.
 
-    A process holds one value of its own and one of another at a time, however many there are: they may be large.
+    A process holds one value of its own and one of another at a time, however many there are: they may be large. So
+    the caller should let go of each before it takes the next.
 
     Args:
         own: (shard, value) of this process' shards in their order; None is passed over.

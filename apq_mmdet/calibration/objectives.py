@@ -138,5 +138,7 @@ class CosineObjective(Objective):
     def cost(self, error: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
         """See the base class."""
         # half the square between directions: 1 - cos itself would be little but what float32 rounds off 1
-        apart = F.normalize(target + error, dim=1).sub_(F.normalize(target, dim=1))
-        return apart.square_().sum(1, keepdim=True).div_(2)
+        output = target + error
+        apart = F.normalize(output, dim=1).sub_(F.normalize(target, dim=1))
+        one_is_zero = output.any(1, keepdim=True) != target.any(1, keepdim=True)  # which is at a right angle to all
+        return apart.square_().sum(1, keepdim=True).div_(2).masked_fill_(one_is_zero, 1.0)

@@ -50,6 +50,7 @@ def weight_errors(layer: QuantizedLayer, calls: UnitCalls, candidates: Sequence[
     with quantizer_mode(list(layer.quantizers.values()), QuantizerMode.QUANTIZE):
         for part in by_shard((shard, _sums(layer, group).cpu()) for shard, group in shards(calls)):
             total = part if total is None else total.add_(part)
+            del part  # before the next one is made
     if total is None:
         return torch.zeros(len(candidates), dtype=torch.float64)
     gram, mixed = total.to(layer.weight.device)

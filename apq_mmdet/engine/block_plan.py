@@ -110,7 +110,10 @@ def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> Blo
 
 def _judged(block: nn.Module, call: CountedCall, search: SearchConfig) -> JudgedCall:
     """What is left of a call by samples, where the search asks for them."""
-    whole, sample = to_units(block, call.call), sampled_units(block, call.call, search, seed=0)
+    sample = whole = to_units(block, call.call)
+    if search.windows or search.rows or search.tokens:
+        sample = sampled_units(block, call.call, search, seed=0)
+    call.call = None  # together they are large
     share = sample.elements / max(whole.elements, 1)
     products = [(module, round(operations * share)) for module, operations in call.products]
     return JudgedCall(products=products, units=len(sample.targets), separable=sample.separable)

@@ -14,7 +14,7 @@ from apq_mmdet.locks import LOCK, lock
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
 CAPTURES = "apq_capture_*"  # folders of captured tensors, which a killed run leaves behind
-FORMAT = 2  # of the files of blocks; runs do not go on with those of another
+FORMAT = 3  # of the files of blocks, and of how their ranges are found; runs do not go on with those of another
 _LOCKED: dict[Path, IO[str]] = {}  # by this process; closing a file would give its lock back
 
 
@@ -43,13 +43,13 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
         return
     run, kept = _described(run), json.loads((folder / DESCRIPTION).read_text())
     changed = [key for key in run if kept.get(key) != run[key]]
+    blocks = 0 if (folder / FINISHED).exists() else len(list(folder.glob("*.pth")))  # that may still be wanted
     if resume and changed:
         raise BadInputError(
-            f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the "
-            f"command of that run, or use another --work-dir"
+            f"--resume: {folder} belongs to another run, it differs in {', '.join(changed)}; repeat the command of "
+            f"that run, or {'use another --work-dir' if blocks else 'drop --resume to start anew'}"
         )
-    blocks = len(list(folder.glob("*.pth")))
-    if blocks and not resume and not (folder / FINISHED).exists():
+    if blocks and not resume:
         if changed:
             whose = f"a run that was broken off, from which this one differs in {', '.join(changed)}"
             remedy = "repeat the command of that run with --resume, use another --work-dir,"
@@ -95,6 +95,7 @@ class BlockStatesOnDisk:
         for leftover in folder.glob(TEMPORARY):
             leftover.unlink(missing_ok=True)
         if resume and (folder / DESCRIPTION).exists():
+            (folder / FINISHED).unlink(missing_ok=True)  # until this run says so
             return
         for path in (*folder.glob("*.pth"), folder / FINISHED):  # whose they are is the last to go
             path.unlink(missing_ok=True)

@@ -25,7 +25,8 @@ def parse_args() -> argparse.Namespace:
     add("--kills", type=int, default=10)
     add("--processes", type=int, default=1)
     add("--num-calib", type=int, default=4)
-    add("--recipe", default="apq_fast")
+    add("--recipe", default="apq_plus")
+    add("--bits", type=int, default=3, help="of weights and activations (default: 3, at which apq_plus learns codes)")
     add("--seed", type=int, default=0, help="of the points in time")
     add("--work-dir", type=Path, default=Path("work_dirs/kill_trial"))
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kill_trial.json")
@@ -43,7 +44,8 @@ def command(work_dir: Path, args: argparse.Namespace, *options: str) -> list[str
         str(ROOT / f"configs/demo/{name}.py"),
         str(ROOT / f"demo/{name}.pth"),
     ]
-    job += ["--recipe", args.recipe, "--w-bits", "4", "--a-bits", "4", "--num-calib", str(args.num_calib)]
+    bits = str(args.bits)
+    job += ["--recipe", args.recipe, "--w-bits", bits, "--a-bits", bits, "--num-calib", str(args.num_calib)]
     job += ["--no-eval", "--device", "cpu", "--work-dir", str(work_dir), *options]
     return [*start, *job, *(["--launcher", "pytorch"] if args.processes > 1 else [])]
 

@@ -38,7 +38,6 @@ def test_search_and_plain_loop_choose_alike(captured, metric):
     assert found["choices_that_differ_on_the_short_grid"] == {}
     assert set(found["times_faster_by_layer"]) == set(dict(quantized_layers(block)))
     assert found["images"] == 2
-    assert min(found["seconds"], found["plain_seconds_scaled"]) >= 0
 
 
 def test_a_search_that_chooses_otherwise_is_told(captured, monkeypatch):
@@ -65,4 +64,6 @@ def test_shares_of_time_are_written(captured, monkeypatch, tmp_path):
     assert row["block"] == NAME
     assert row["gemm_operations"] > 0
     assert row["bytes_written"] > 0
-    assert sum(row["share"].values()) + row["share_other"] == pytest.approx(1, abs=0.03)
+    assert min(row["share"].values()) > 0
+    assert row["share_other"] >= 0
+    assert row["times_the_floor"] > 0

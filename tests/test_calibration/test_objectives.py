@@ -51,5 +51,8 @@ def test_cosine_of_each_unit():
     output = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-3.0, 0.0]])  # the same direction, at a right angle, opposite
     error = output - target
     assert float(build_objective(dict(type="cosine"))(error, error, target, 0)) == pytest.approx(0 + 1 + 2)
+    nothing, something = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for output, target, expected in ((nothing, something, 2), (something, nothing, 2), (nothing, nothing, 0)):
+        assert float(build_objective(dict(type="cosine"))(output - target, None, target, 0)) == expected
     with pytest.raises(ValueError, match=r"eliminate must be 0, got 0\.1"):
         build_objective(dict(type="cosine", eliminate=0.1))

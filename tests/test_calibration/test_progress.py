@@ -44,7 +44,8 @@ def test_what_follows_the_search_is_named_and_not_counted(seen):
         assert "1/1" in shown
 
 
-def test_candidates_that_are_judged_fast_are_not_all_drawn(capsys):
+def test_candidates_that_are_judged_fast_are_not_all_drawn(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "INTERVAL", 1000.0)
     with SearchBar({"first": 1}, shown=True) as bar:
         bar.begin("first")
         bar.quantizer("layer.weight")

@@ -49,7 +49,13 @@ def test_blocks_of_an_unfinished_run_are_not_thrown_away_by_its_own_command(tmp_
 
 def test_a_finished_run_can_be_repeated_and_resumed(tmp_path):
     with_a_block(tmp_path).finish()
-    assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
+    resumed = BlockStatesOnDisk(tmp_path, RUN, resume=True)
+    assert resumed.load("stages.0") == {"seconds": 1.0}
+    with pytest.raises(BadInputError, match="go on with --resume"):  # it may be broken off again
+        check_folder(tmp_path, RUN, False)
+    resumed.finish()
+    with pytest.raises(BadInputError, match="differs in seed; .* drop --resume to start anew"):
+        check_folder(tmp_path, {**RUN, "seed": 1}, True)
     assert BlockStatesOnDisk(tmp_path, RUN, resume=False).load("stages.0") is None
     assert names(tmp_path) == {".lock", "run.json"}
 
@@ -59,6 +65,8 @@ def test_nor_by_another_one(tmp_path):
     for check in (check_folder, BlockStatesOnDisk):
         with pytest.raises(BadInputError, match=r"broken off, from which this one differs in seed: .*--work-dir"):
             check(tmp_path, {**RUN, "seed": 1}, False)
+        with pytest.raises(BadInputError, match="belongs to another run, it differs in seed; .*another --work-dir"):
+            check(tmp_path, {**RUN, "seed": 1}, True)
     assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
 
 
@@ -68,8 +76,6 @@ def test_another_run_follows_a_finished_one_and_deletes_only_what_is_its_own(tmp
     (tmp_path / "apq_capture_killed").mkdir()
     (tmp_path / ".stages.1.pth.123.tmp").touch()  # of a run that was killed while it wrote
     other = {**RUN, "seed": 1}
-    with pytest.raises(BadInputError, match="belongs to another run, it differs in seed"):
-        BlockStatesOnDisk(tmp_path, other, resume=True)
     BlockStatesOnDisk(tmp_path, other, resume=False)
     assert names(tmp_path) == {".lock", "run.json", "notes.txt"}
     assert json.loads((tmp_path / "run.json").read_text()).items() >= other.items()

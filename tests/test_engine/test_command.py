@@ -88,8 +88,10 @@ def test_detector_apis(result, data):
 
 def wait_for_blocks(process, folder):
     """Until some blocks are finished and kept."""
+    deadline = time.monotonic() + 300
     while len(list((folder / "calibration").glob("*.pth"))) <= 3:
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -234,14 +236,13 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes_and_ap(res
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = [ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
     args += ["--launcher", "pytorch", "--memory-budget", "0.001"]  # so small that captures go to disk
-    with (tmp_path / "said").open("w") as said:
-        run = subprocess.Popen([*launch, *args], stdout=said, stderr=said)
+    run = subprocess.Popen([*launch, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
         wait_for_blocks(run, tmp_path)
         os.kill(process_of_rank(1, run.pid), signal.SIGKILL)
         assert run.wait(120) != 0
-    assert re.search(
-        r"another process of this calibration has died|Signal 9 \(SIGKILL\)", (tmp_path / "said").read_text()
-    )
+    finally:
+        run.terminate()  # which ends its processes
     assert not (tmp_path / "quantized.pth").exists()
     subprocess.run([*launch, *args, "--resume"], check=True, capture_output=True)
     assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
