@@ -54,7 +54,7 @@ def test_a_finished_run_can_be_repeated_and_resumed(tmp_path):
     with pytest.raises(BadInputError, match="go on with --resume"):  # it may be broken off again
         check_folder(tmp_path, RUN, False)
     resumed.finish()
-    with pytest.raises(BadInputError, match="differs in seed; .* drop --resume to start anew"):
+    with pytest.raises(BadInputError, match=r"differs in seed; .* drop --resume to start anew"):
         check_folder(tmp_path, {**RUN, "seed": 1}, True)
     assert BlockStatesOnDisk(tmp_path, RUN, resume=False).load("stages.0") is None
     assert names(tmp_path) == {".lock", "run.json"}
@@ -65,7 +65,7 @@ def test_nor_by_another_one(tmp_path):
     for check in (check_folder, BlockStatesOnDisk):
         with pytest.raises(BadInputError, match=r"broken off, from which this one differs in seed: .*--work-dir"):
             check(tmp_path, {**RUN, "seed": 1}, False)
-        with pytest.raises(BadInputError, match="belongs to another run, it differs in seed; .*another --work-dir"):
+        with pytest.raises(BadInputError, match=r"belongs to another run, it differs in seed; .*another --work-dir"):
             check(tmp_path, {**RUN, "seed": 1}, True)
     assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") == {"seconds": 1.0}
 
