@@ -25,7 +25,7 @@ from apq_mmdet.calibration.weight_errors import in_closed_form, weight_errors
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
-MOST_RECORDED = 2**28  # bytes of the calls of a block's layers that are kept rather than made anew for each search
+MOST_RECORDED = 2**31  # bytes of the calls of a block's layers that are kept (mostly on disk), not made anew for each
 RECORDED_PER_CALL = 10  # about how much larger than the block's own calls they are
 SILENT = Silent()
 UNSEARCHED = Candidate(1.0)

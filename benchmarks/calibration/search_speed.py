@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
-from apq_mmdet.calibration.calibrator import float_pass
+from apq_mmdet.calibration.calibrator import HELD, MEMORY_BUDGET, float_pass
 from apq_mmdet.calibration.importance import capture_gradients
 from apq_mmdet.calibration.progress import Silent
 from apq_mmdet.calibration.recipe import SearchConfig
@@ -78,7 +78,7 @@ def config(metric: str, candidates: int) -> SearchConfig:
 
 def ours(block: nn.Module, calls: list[BlockCall], search: SearchConfig) -> tuple[dict[str, float], dict[str, float]]:
     """The chosen factors, and the seconds of each quantizer over all rounds."""
-    units = UnitCalls(TensorStore(memory=2**34), "block")
+    units = UnitCalls(TensorStore(memory=MEMORY_BUDGET // HELD), "block")
     for call in calls:
         units.add(to_units(block, call))
     clock = Clock()
