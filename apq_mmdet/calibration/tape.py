@@ -16,7 +16,7 @@ from apq_mmdet.quantizers import Quantizer
 
 HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # Python may go on with what they give
 # operators around a product that need no precision: switching it takes as long as they do
-UNCONCERNED = (torch.ops.aten.t.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+UNCONCERNED = tuple(getattr(torch.ops.aten, name).default for name in ("t", "view", "_unsafe_view", "expand"))
 
 
 @dataclass(frozen=True)

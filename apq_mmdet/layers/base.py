@@ -83,12 +83,19 @@ class QuantizedLayer(nn.Module, ABC):
         return None
 
     @property
+    def linear(self) -> bool:
+        """Whether all roles are quantized in formats whose codes can be multiplied."""
+        return len(self.quantizers) == len(self.roles) and all(q.linear for q in self.quantizers.values())
+
+    def sums_exactly(self, depth: int) -> bool:
+        """Whether sums of so many products of codes of the roles' widths are exact."""
+        # the buffer `bits` is not read: what reads numbers from buffers cannot be replayed
+        return exact_in_codes(depth, *((q.code_max - q.code_min).bit_length() for q in self.quantizers.values()))
+
+    @property
     def exact_in_codes(self) -> bool:
-        """Whether input and weight are quantized in formats and widths whose codes the layer can multiply exactly."""
-        quantizers = list(self.quantizers.values())
-        if self.depth is None or len(quantizers) < len(self.roles) or not all(q.linear for q in quantizers):
-            return False
-        return exact_in_codes(self.depth, *(int(q.bits) for q in quantizers))
+        """Whether all roles are quantized in formats and widths whose codes the layer can multiply exactly."""
+        return self.depth is not None and self.linear and self.sums_exactly(self.depth)
 
     @property
     def takes_codes(self) -> bool:

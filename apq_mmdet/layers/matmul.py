@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from apq_mmdet.layers.base import QuantizedLayer, register_layer
+from apq_mmdet.layers.integer import integer_precision, rescale
 
 
 class Product(nn.Module):
@@ -44,24 +45,34 @@ class _QuantizedProduct(QuantizedLayer):
         """Heads are the axis that finer granularities cut."""
         return 1, self.heads
 
+    @property
+    def exact_in_codes(self) -> bool:
+        """Whether codes can be multiplied; how deep a product is, and whether that is exact, each call tells."""
+        return self.linear
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product of the operands, quantized by the two roles."""
+        operands = [self.quantize(role, x) for role, x in zip(self.roles, (left, right), strict=True)]
+        if not self.takes_codes:
+            return super().forward(*operands)
+        quantizers = [self.quantizers[role] for role in self.roles]
+        scales = [q.per_element(q.scale, x) for q, x in zip(quantizers, operands, strict=True)]  # [1] or [1, H, 1, 1]
+        if not self.sums_exactly(left.shape[-1]):
+            return super().forward(*(codes * scale for codes, scale in zip(operands, scales, strict=True)))
+        with integer_precision():
+            product = super().forward(*operands)
+        return rescale(product, scales[0] * scales[1], None)
+
 
 @register_layer(FloatQueryKeyProduct)
 class QueryKeyProduct(_QuantizedProduct, FloatQueryKeyProduct):
-    """``Q(q) Q(k)^T``."""
+    """``Q(q) Q(k)^T``: attention logits of quantized queries and keys."""
 
     roles = ("query", "key")
-
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """Attention logits of quantized queries and keys."""
-        return super().forward(self.quantize("query", query), self.quantize("key", key))
 
 
 @register_layer(FloatAttentionValueProduct)
 class AttentionValueProduct(_QuantizedProduct, FloatAttentionValueProduct):
-    """``Q(A) Q(v)``."""
+    """``Q(A) Q(v)``: weighted sum of quantized values by a quantized attention map."""
 
     roles = ("attention", "value")
-
-    def forward(self, attention: Tensor, value: Tensor) -> Tensor:
-        """Weighted sum of quantized values by a quantized attention map."""
-        return super().forward(self.quantize("attention", attention), self.quantize("value", value))

@@ -230,7 +230,8 @@ class Quantizer(nn.Module, ABC):
         size = x.shape[self.axis]
         shape = [1] * x.dim()
         shape[self.axis] = size
-        return parameter.repeat_interleave(size // self.groups).view(shape)
+        spread = parameter if size == self.groups else parameter.repeat_interleave(size // self.groups)
+        return spread.view(shape)
 
     def _group_view(self, x: Tensor) -> Tensor:
         if self.groups == 1:

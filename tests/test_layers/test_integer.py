@@ -9,6 +9,7 @@ from torch import nn
 from apq_mmdet.layers.base import quantized_layers
 from apq_mmdet.layers.convert import quantize_model
 from apq_mmdet.layers.integer import exact_in_codes, integer_precision, rescale
+from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.policy import Policy
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
@@ -81,7 +82,64 @@ def test_deep_or_partly_float_layers_stay_with_values():
     assert not deep[0].exact_in_codes
 
 
-def test_attention_products_and_deconvolutions_multiply_values():
+PRODUCTS = {
+    "query_key": (FloatQueryKeyProduct, lambda: (torch.randn(4, 3, 7, 5), torch.randn(4, 3, 9, 5))),
+    "attention_value": (FloatAttentionValueProduct, lambda: (torch.rand(4, 3, 7, 9), torch.randn(4, 3, 9, 5))),
+}
+
+
+def calibrated_product(kind, bits, formats=None, operands=None):
+    make, some = PRODUCTS[kind]
+    model = nn.Sequential(make(3))
+    quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=bits, formats=dict(all=formats or {}))))
+    layer, operands = model[0], operands or some()
+    for role, quantizer in layer.quantizers.items():
+        quantizer.observe(operands[layer.roles.index(role)])
+        quantizer.set_range_factor(0.9)
+    return layer, operands
+
+
+FORMATS = {
+    "query_key": ({}, dict(query=dict(granularity="head")), dict(query=dict(symmetric=True), key=dict(symmetric=True))),
+    "attention_value": ({}, dict(attention=dict(format="matthew", granularity="head"), value=dict(granularity="head"))),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize(("kind", "formats"), [(k, f) for k in PRODUCTS for f in FORMATS[k]], ids=str)
+def test_attention_product_of_codes_is_that_of_the_values(kind, bits, formats):
+    layer, operands = calibrated_product(kind, bits, formats)
+    assert layer.exact_in_codes
+    with torch.no_grad(), quantizer_mode(layer.quantizers.values(), QuantizerMode.CODES):
+        output = layer(*operands)
+    # every code from the plain formula on float32 parameters; the sum is exact in integers
+    codes = [q.encode(x).long() - q.per_element(q.zero_point, x) for q, x in by_role(layer, operands)]
+    scales = [q.per_element(q.scale, x).double() for q, x in by_role(layer, operands)]
+    right = codes[1].transpose(-2, -1) if kind == "query_key" else codes[1]
+    expected = (codes[0] @ right).double() * scales[0] * scales[1]
+    torch.testing.assert_close(output.double(), expected, rtol=2e-7, atol=0.0)
+
+
+def by_role(layer, operands):
+    return [(layer.quantizers[role], x) for role, x in zip(layer.roles, operands, strict=True)]
+
+
+def test_attention_products_that_are_too_deep_multiply_values():
+    depth = 2**24 // (255 * 255) + 1
+    operands = torch.randn(2, 3, 7, depth), torch.randn(2, 3, 6, depth)
+    layer, operands = calibrated_product("query_key", 8, operands=operands)
+    with torch.no_grad():
+        values = layer(*operands)
+        with quantizer_mode(layer.quantizers.values(), QuantizerMode.CODES):
+            assert torch.equal(layer(*operands), values)
+
+
+@pytest.mark.parametrize("attention", [dict(format="row_affine"), dict(format="log_sqrt2"), None], ids=str)
+def test_attention_products_in_other_formats_have_no_codes_to_multiply(attention):
+    assert not calibrated_product("attention_value", 4, dict(attention=attention))[0].exact_in_codes
+
+
+def test_deconvolutions_multiply_values():
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
     quantize_model(model, Policy.from_dict({}))
     assert [layer.depth for _, layer in quantized_layers(model)] == [None]
