@@ -211,6 +211,9 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "logarithmic attention maps": replace(
             PLUS, options={f"{_ATTENTION}.format": "shift_log2", f"{_SEARCH}.grids.attention": [0.9, 1.0, 2]}
         ),
+        "queries and keys around zero": replace(
+            PLUS, options={f"{_FORMATS}.low_products.{role}.symmetric": True for role in ("query", "key")}
+        ),
         "errors weighted by gradients": _changed(f"{_SEARCH}.objective.type", "hessian", PLUS),
         "no compensation": _changed("model.quant.compensation", None, PLUS),
         "inputs not made up for": _changed("model.quant.compensation.activations", False, PLUS),

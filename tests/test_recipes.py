@@ -9,7 +9,7 @@ from helpers import ROOT, build_swin, recipe, short_grids
 from apq_mmdet.calibration import calibrate, calibrator
 from apq_mmdet.engine.quantized_config import load_recipe
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "_base_" / "recipes").glob("*.py"))
 IMAGES = [torch.randn(1, 3, 41, 50), torch.randn(1, 3, 29, 36)]
@@ -116,6 +116,23 @@ def test_three_bits_of_apq_plus_follow_the_tokens(bits, linear):
     formats = {(row.kind, row.role): row.format for row in rows if row.bits}
     assert formats["Linear", "input"] == linear
     assert formats["Linear", "weight"] == formats["Conv2d", "input"] == "affine, asymmetric"
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])
+def test_apq_plus_multiplies_signed_queries_and_keys_and_unsigned_attention_maps(bits):
+    layers = dict(quantized_layers(quantized(recipe("apq_plus", a_bits=bits))))
+    products = [layer for layer in layers.values() if layer.kind == "MatMul"]
+    assert products
+    for layer in products:
+        for role in set(layer.roles) - {"value"}:
+            quantizer = layer.quantizers[role]
+            quantizer.observe(torch.rand(1, layer.heads, 4, 4))  # to one side of zero: the zero point is at an end
+            quantizer.set_range_factor(1.0)
+            lowest, highest = quantizer.shifted_bounds
+            if role == "attention":
+                assert (int(lowest.min()), int(highest.max())) == (0, 2**bits - 1)
+            else:
+                assert -128 <= int(lowest.min()) and int(highest.max()) <= 127
 
 
 @pytest.mark.parametrize(

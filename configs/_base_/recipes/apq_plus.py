@@ -9,7 +9,9 @@ quant = dict(
     formats=dict(
         linear=dict(weight=dict(granularity="channel")),
         qkv=dict(weight=dict(granularity="channel")),
-        products=dict(attention=dict(format="row_affine")),
+        # queries and keys are signed int8 numbers: with eight bits around zero, with fewer less their zero points
+        products=dict(query=dict(symmetric=True), key=dict(symmetric=True), attention=dict(format="row_affine")),
+        low_products=dict(kind="MatMul", max_bits=7, query=dict(symmetric=False), key=dict(symmetric=False)),
         # no norm stands before these inputs whose weights could make the channels even
         ffn=dict(kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(granularity="channel")),
         head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
