@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.blocks import tensors_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective
-from apq_mmdet.calibration.tape import Replays
+from apq_mmdet.calibration.tape import Replays, flushed_denormals
 from apq_mmdet.calibration.units import Batch, UnitCall, batches, rows_of
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer
@@ -47,12 +47,13 @@ def candidate_errors(
     parameters = [quantizer.parameters_for(*quantizer.observed, *candidate) for candidate in candidates]
     replays = Replays(module, quantizer)
     columns: list[tuple[int, Tensor]] = []
-    for batch in batches(calls):
-        if len(batch.calls) == 1 and not objective.eliminate:
-            errors = _summed_by_tile(replays, batch, parameters, objective)
-        else:
-            errors = _batch_errors(replays, batch, parameters, objective)
-        columns += zip((call.image for call in batch.calls), errors.unbind(1), strict=True)
+    with flushed_denormals():
+        for batch in batches(calls):
+            if len(batch.calls) == 1 and not objective.eliminate:
+                errors = _summed_by_tile(replays, batch, parameters, objective)
+            else:
+                errors = _batch_errors(replays, batch, parameters, objective)
+            columns += zip((call.image for call in batch.calls), errors.unbind(1), strict=True)
     return columns
 
 

@@ -165,20 +165,20 @@ class Replays:
         for parameters in candidates:
             self._quantizer.set_parameters(*parameters)
             tape = self._tapes.get(key)
-            with flushed_denormals():
-                if self._trusted is False or len(candidates) == 1:
-                    output = self._module(*args, **kwargs)
-                elif tape is None:
-                    tape = self._tapes[key] = Tape(self._module, self._quantizer)
-                    output = tape.record(*args, **kwargs)
-                    self._trusted = self._trusted if tape.replayable else False
-                elif self._trusted is None:
-                    replayed = tape.replay()  # first: it could find an output of the block in memory that is free again
-                    output = self._module(*args, **kwargs)
-                    self._trusted = _same_bits(replayed, output)
-                else:
-                    output = tape.replay()
-            yield output
+            if self._trusted is False or len(candidates) == 1:
+                yield self._module(*args, **kwargs)
+            elif tape is None:
+                tape = self._tapes[key] = Tape(self._module, self._quantizer)
+                output = tape.record(*args, **kwargs)
+                self._trusted = self._trusted if tape.replayable else False
+                yield output
+            elif self._trusted is None:
+                replayed = tape.replay()  # first: it could find an output of the block in memory that is free again
+                output = self._module(*args, **kwargs)
+                self._trusted = _same_bits(replayed, output)
+                yield output
+            else:
+                yield tape.replay()
 
     def forget(self) -> None:
         """Drop the tapes, and with them what they hold of the arguments' making."""

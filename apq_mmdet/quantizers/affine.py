@@ -106,8 +106,8 @@ class AffineQuantizer(Quantizer):
             if len(points) == 1:
                 low = float(self.code_min - points.pop())
                 return scale, low, low + (self.code_max - self.code_min)
-        low, high = (self.per_element(bound.to(self.scale.dtype), x) for bound in self.shifted_bounds)
-        return scale, low, high
+        low = self.per_element((self.code_min - self.zero_point).to(self.scale.dtype), x)
+        return scale, low, low + (self.code_max - self.code_min)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without what was made for the original."""
