@@ -128,8 +128,9 @@ def _spec_fields(given: Any, where: str, role: str) -> dict[str, Any]:
 class Policy:
     """What is quantized and how: bits, scope, format rules of the recipe, then the user's own overrides.
 
-    Rules have names, so that configs can change one by inheritance; later rules win. A role starts as per-tensor
-    asymmetric affine with ``w_bits`` (role weight) or ``a_bits`` bits.
+    Rules have names, so that configs can change one by inheritance. They apply in the order of their names, because
+    mmengine sorts the keys of a config that it writes; later rules win. A role starts as per-tensor asymmetric affine
+    with ``w_bits`` (role weight) or ``a_bits`` bits.
 
     Args:
         w_bits, a_bits: 2 to 8, for weights and for everything else.
@@ -159,7 +160,7 @@ class Policy:
         check_choice(policy.get("scope", "backbone"), SCOPES, f"{where}.scope")
         for key in ("formats", "overrides"):
             rules = check_dict(policy.get(key, {}), f"{where}.{key}", "dict(name=dict(pattern=..., ...))")
-            policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
+            policy[key] = {n: Rule.from_dict(rule, f"{where}.{key}.{n}") for n, rule in sorted(rules.items())}
         check_bool(policy.get("output_compensation", False), f"{where}.output_compensation")
         return cls(**policy)
 

@@ -205,14 +205,14 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
         "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
-        "static ranges of inputs": _changed(f"{_FORMATS}.tokens.max_bits", 2, PLUS),
-        "channels of inputs as they are": _changed(f"{_FORMATS}.tokens.input.granularity", "tensor", PLUS),
+        "static ranges of inputs": _changed(f"{_FORMATS}.few_levels.max_bits", 2, PLUS),
+        "channels of inputs as they are": _changed(f"{_FORMATS}.few_levels.input.granularity", "tensor", PLUS),
         "one step for a head's attention maps": _changed(f"{_ATTENTION}.format", "affine", PLUS),
         "logarithmic attention maps": replace(
             PLUS, options={f"{_ATTENTION}.format": "shift_log2", f"{_SEARCH}.grids.attention": [0.9, 1.0, 2]}
         ),
         "queries and keys around zero": replace(
-            PLUS, options={f"{_FORMATS}.low_products.{role}.symmetric": True for role in ("query", "key")}
+            PLUS, options={f"{_FORMATS}.products_low.{role}.symmetric": True for role in ("query", "key")}
         ),
         "errors weighted by gradients": _changed(f"{_SEARCH}.objective.type", "hessian", PLUS),
         "no compensation": _changed("model.quant.compensation", None, PLUS),

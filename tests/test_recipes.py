@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import ROOT, build_swin, recipe, short_grids
+from mmdet.registry import MODELS
+from mmengine.config import Config
 
-from apq_mmdet.calibration import calibrate, calibrator
-from apq_mmdet.engine.quantized_config import load_recipe
+from apq_mmdet.calibration import Recipe, calibrate, calibrator
+from apq_mmdet.engine.quantized_config import load_recipe, quantized_config
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers
 
@@ -116,6 +118,30 @@ def test_three_bits_of_apq_plus_follow_the_tokens(bits, linear):
     formats = {(row.kind, row.role): row.format for row in rows if row.bits}
     assert formats["Linear", "input"] == linear
     assert formats["Linear", "weight"] == formats["Conv2d", "input"] == "affine, asymmetric"
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """(name, kind, roles) of what scope `detector` quantizes."""
+    cfg = Config.fromfile(ROOT / "configs/demo/cascade-mask-rcnn_swin-demo.py")
+    model = MODELS.build(quantized_config(cfg, "minmax", dict(scope="detector")).model)
+    return [(name, layer.kind, layer.roles) for name, layer in quantized_layers(model)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_written_recipe_says_the_same(layers, name, bits):
+    quant = load_recipe(name) | dict(w_bits=bits, a_bits=bits, scope="detector")
+    written = Config.fromstring(Config(dict(quant=quant)).pretty_text, ".py").quant  # with sorted keys
+    policies = [Recipe.from_dict(settings).policy for settings in (quant, written, reversed_keys(quant))]
+    first, *others = [[policy.scheme(*layer) for layer in layers] for policy in policies]
+    assert all(other == first for other in others)
+
+
+def reversed_keys(settings):
+    if not isinstance(settings, dict):
+        return settings
+    return {key: reversed_keys(value) for key, value in reversed(settings.items())}
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])

@@ -77,7 +77,9 @@ class SearchConfig:
             config["objective"] = _objective(config["objective"], f"{where}.objective")
         expected = "dict(name=dict(pattern=..., type=...))"
         rules = check_dict(config.get("objectives", {}), f"{where}.objectives", expected)
-        config["objectives"] = {n: _block_objective(rule, f"{where}.objectives.{n}") for n, rule in rules.items()}
+        config["objectives"] = {
+            n: _block_objective(rule, f"{where}.objectives.{n}") for n, rule in sorted(rules.items())
+        }
         return cls(**config)
 
     def for_block(self, name: str) -> "SearchConfig":

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType
@@ -279,7 +278,7 @@ def standalone_config(cfg: Config, left_float: list[str]) -> Config:
         cfg.pop(key, None)
     if left_float:
         overrides = cfg.model.quant.get("overrides", {})
-        free = (name for i in itertools.count() if (name := f"no_data_{i}") not in overrides)
-        unseen = {next(free): dict(pattern=name, float=True) for name in left_float}
+        last = max(overrides, default="")  # rules apply in the order of their names
+        unseen = {f"{last}_no_data_{i}": dict(pattern=name, float=True) for i, name in enumerate(left_float)}
         cfg.model.quant.overrides = {**overrides, **unseen}
     return cfg

@@ -10,6 +10,7 @@ from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 
+from apq_mmdet.calibration import Recipe
 from apq_mmdet.engine import command
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.float_config import read_config
@@ -116,6 +117,16 @@ def test_layers_without_data_are_written_down_beside_those_of_before():
     once = standalone_config(cfg, ["a", "b"])
     twice = standalone_config(once, ["c"]).model.quant.overrides
     assert [rule.pattern for rule in twice.values()] == ["a", "b", "c"]
+
+
+def test_layers_without_data_stay_float_whatever_other_rules_are_called():
+    overrides = dict(zeta=dict(pattern="backbone.*", input=dict(bits=8)), alpha=dict(pattern="*", weight=dict(bits=6)))
+    cfg = quantized_config(Config.fromfile(FLOAT), "minmax", dict(overrides=overrides))
+    written = standalone_config(cfg, ["backbone.fc"]).model.quant
+    policy = Recipe.from_dict(Config.fromstring(Config(dict(quant=written)).pretty_text, ".py").quant).policy
+    assert policy.scheme("backbone.fc", "Linear", ("weight", "input"))[0] == {}
+    other = policy.scheme("backbone.other", "Linear", ("weight", "input"))[0]
+    assert {role: spec.bits for role, spec in other.items()} == {"weight": 6, "input": 8}
 
 
 def test_imports_that_may_fail_still_may():

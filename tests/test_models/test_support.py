@@ -97,7 +97,7 @@ def test_checkpoints_load_completely(rows, folder, name):
     assert_loads_completely(folder / f"{list(rows).index(name)}-detector")
 
 
-@pytest.mark.parametrize("name", ["Mask2Former", "RTMDet"])
+@pytest.mark.parametrize("name", ["MaskRCNN", "Mask2Former", "RTMDet"])
 def test_the_default_recipe(rows, folder, name):
     cfg = small_config(CONFIGS / rows[name].config, folder / "data")
     grids = [f"model.quant.search.grids.{kind}=[0.5,1.1,2]" for kind in ("Linear", "Conv2d", "MatMul")]

@@ -9,25 +9,25 @@ quant = dict(
     formats=dict(
         linear=dict(weight=dict(granularity="channel")),
         qkv=dict(weight=dict(granularity="channel")),
-        # queries and keys are signed int8 numbers: with eight bits around zero, with fewer less their zero points
-        products=dict(query=dict(symmetric=True), key=dict(symmetric=True), attention=dict(format="row_affine")),
-        low_products=dict(kind="MatMul", max_bits=7, query=dict(symmetric=False), key=dict(symmetric=False)),
         # no norm stands before these inputs whose weights could make the channels even
         ffn=dict(kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(granularity="channel")),
-        head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         head_convs=dict(kind="Conv2d", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
+        head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         # eight levels are too few for one range of all tokens
-        tokens=dict(kind="Linear", max_bits=3, input=dict(format="token_affine", granularity="channel")),
+        few_levels=dict(kind="Linear", max_bits=3, input=dict(format="token_affine", granularity="channel")),
         # sixteen are too few for one range of all RoIs, or of all levels that share a head
-        dynamic_fcs=dict(
+        head_convs_dynamic=dict(
+            kind="Conv2d", pattern=r"re:(rpn|roi|bbox)_head\..*", max_bits=4, input=dict(format="dynamic_affine")
+        ),
+        head_fcs_dynamic=dict(
             kind="Linear",
             pattern=r"re:roi_head\..*",
             max_bits=4,
             input=dict(format="dynamic_affine", granularity="tensor"),
         ),
-        dynamic_convs=dict(
-            kind="Conv2d", pattern=r"re:(rpn|roi|bbox)_head\..*", max_bits=4, input=dict(format="dynamic_affine")
-        ),
+        # queries and keys are signed int8 numbers: with eight bits around zero, with fewer less their zero points
+        products=dict(query=dict(symmetric=True), key=dict(symmetric=True), attention=dict(format="row_affine")),
+        products_low=dict(kind="MatMul", max_bits=7, query=dict(symmetric=False), key=dict(symmetric=False)),
     ),
     equalize=1.0,
     search=dict(

@@ -19,7 +19,7 @@ quant = dict(
             attention=dict(granularity="tensor", format="twin_softmax"),
             value=dict(symmetric=True),
         ),
-        gelu=dict(
+        post_gelu=dict(
             kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(format="twin_gelu", symmetric=False)
         ),
     ),
