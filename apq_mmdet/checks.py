@@ -44,6 +44,15 @@ def check_dict(value: Any, where: str, expected: str) -> dict[str, Any]:
     return dict(value)
 
 
+def check_rules(value: Any, where: str, expected: str) -> dict[str, Any]:
+    """A copy of a dict of rules in the order in which they apply, that of their names, else BadInputError."""
+    rules = check_dict(value, where, expected)
+    for name in rules:
+        if not isinstance(name, str):
+            raise BadInputError(f"{where}: expected text as name of a rule, got {name!r}")
+    return dict(sorted(rules.items()))
+
+
 def check_bool(value: Any, where: str) -> bool:
     """``value`` if it is True or False, else BadInputError."""
     if not isinstance(value, bool):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from apq_mmdet.checks import check_bool, check_choice, check_dict, check_fields, refuse_unknown
+from apq_mmdet.checks import check_bool, check_choice, check_dict, check_fields, check_rules, refuse_unknown
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.registry import QUANTIZERS
 
@@ -159,8 +159,8 @@ class Policy:
             policy[key] = check_bits(policy.get(key, 8), f"{where}.{key}")
         check_choice(policy.get("scope", "backbone"), SCOPES, f"{where}.scope")
         for key in ("formats", "overrides"):
-            rules = check_dict(policy.get(key, {}), f"{where}.{key}", "dict(name=dict(pattern=..., ...))")
-            policy[key] = {n: Rule.from_dict(rule, f"{where}.{key}.{n}") for n, rule in sorted(rules.items())}
+            rules = check_rules(policy.get(key, {}), f"{where}.{key}", "dict(name=dict(pattern=..., ...))")
+            policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
         check_bool(policy.get("output_compensation", False), f"{where}.output_compensation")
         return cls(**policy)
 

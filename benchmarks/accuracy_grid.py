@@ -205,8 +205,8 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "all": PLUS,
         "float block inputs": _changed(f"{_SEARCH}.block_input", "float", PLUS),
         "channels as they are": _changed("model.quant.equalize", 0.0, PLUS),
-        "static ranges of inputs": _changed(f"{_FORMATS}.few_levels.max_bits", 2, PLUS),
-        "channels of inputs as they are": _changed(f"{_FORMATS}.few_levels.input.granularity", "tensor", PLUS),
+        "static ranges of inputs": _changed(f"{_FORMATS}.linear_low.max_bits", 2, PLUS),
+        "channels of inputs as they are": _changed(f"{_FORMATS}.linear_low.input.granularity", "tensor", PLUS),
         "one step for a head's attention maps": _changed(f"{_ATTENTION}.format", "affine", PLUS),
         "logarithmic attention maps": replace(
             PLUS, options={f"{_ATTENTION}.format": "shift_log2", f"{_SEARCH}.grids.attention": [0.9, 1.0, 2]}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mmdet.apis import init_detector
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -29,11 +30,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN")
     add("--num-val", type=int, default=100, help="the first so many val images (default: 100)")
     add("--out", type=Path, required=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    names = [run.resolve().name for run in args.runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        parser.error(f"two runs are called {twice}: results are told by the name of a run's folder")
+    return args
 
 
 def val_images(config: str, number: int) -> list[dict[str, Any]]:
     """The first val images as the config's loader gives them, one a batch."""
+    init_default_scope("mmdet")
     loader = Config.fromfile(config).test_dataloader
     loader.update(batch_size=1, num_workers=0, persistent_workers=False)
     loader.dataset.indices = number

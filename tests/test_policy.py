@@ -18,6 +18,7 @@ from apq_mmdet.policy import Policy
         (dict(formats=dict(r=dict(weight=dict(granularty="channel")))), "did you mean 'granularity'"),
         (dict(formats=dict(r=dict(attention=dict(format="mathew")))), "did you mean 'matthew'"),
         (dict(formats=dict(r=dict(weight=4))), "expected dict"),
+        (dict(overrides={1: dict(bits=4)}), "overrides: expected text as name of a rule, got 1"),
         (dict(overrides=dict(r=dict(pattern="re:("))), "no regular expression"),
         (dict(overrides=dict(r=dict(float="False"))), "overrides.r.float: expected True or False, got 'False'"),
         (

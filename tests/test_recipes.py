@@ -112,6 +112,21 @@ def test_formats(name):
         assert rows[key].format == f"affine, {'symmetric' if symmetric else 'asymmetric'}"
 
 
+def test_an_ablation_of_few_levels_reaches_all_linears():
+    formats = load_recipe("apq_plus")["formats"]
+    formats["linear_low"] = formats["linear_low"] | dict(input=dict(format="token_affine", granularity="tensor"))
+    policy = recipe("apq_plus", a_bits=3, formats=formats, scope="detector").policy
+    for name in (
+        "backbone.stages.0.blocks.0.ffn.layers.1",
+        "backbone.stages.0.blocks.0.attn.w_msa.qkv",
+        "bbox_head.fc",
+    ):
+        spec = policy.scheme(name, "Linear", ("weight", "input"))[0]["input"]
+        assert (spec.format, spec.granularity) == ("token_affine", "tensor")
+    roi = policy.scheme("roi_head.bbox_head.fc_cls", "Linear", ("weight", "input"))[0]["input"]
+    assert (roi.format, roi.granularity) == ("dynamic_affine", "tensor")
+
+
 @pytest.mark.parametrize(("bits", "linear"), [(4, "affine, asymmetric"), (3, "token_affine, asymmetric")])
 def test_three_bits_of_apq_plus_follow_the_tokens(bits, linear):
     rows = quantized(recipe("apq_plus", a_bits=bits)).quantization_table

@@ -133,7 +133,8 @@ def capture_gradients(
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "
             f"its errors could not be weighed. If nothing uses that output, leave the block float: "
-            f"quant.overrides.unused.pattern='re:{re.escape(silent[0])}(\\..*)?' quant.overrides.unused.float=True"
+            f"quant.overrides.z_unused.pattern='re:{re.escape(silent[0])}(\\..*)?' quant.overrides.z_unused.float=True "
+            "(rules apply in the order of their names)"
         )
 
 

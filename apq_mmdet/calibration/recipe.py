@@ -9,7 +9,15 @@ from apq_mmdet.calibration.importance import IMPORTANCES
 from apq_mmdet.calibration.objectives import build_objective
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig
 from apq_mmdet.calibration.scoring import Candidate
-from apq_mmdet.checks import check_choice, check_dict, check_fields, check_number, check_whole, refuse_unknown
+from apq_mmdet.checks import (
+    check_choice,
+    check_dict,
+    check_fields,
+    check_number,
+    check_rules,
+    check_whole,
+    refuse_unknown,
+)
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import KINDS, ROLES, Policy, check_pattern, name_matches
 from apq_mmdet.quantizers import OBSERVERS, Quantizer
@@ -76,10 +84,8 @@ class SearchConfig:
         if "objective" in config:
             config["objective"] = _objective(config["objective"], f"{where}.objective")
         expected = "dict(name=dict(pattern=..., type=...))"
-        rules = check_dict(config.get("objectives", {}), f"{where}.objectives", expected)
-        config["objectives"] = {
-            n: _block_objective(rule, f"{where}.objectives.{n}") for n, rule in sorted(rules.items())
-        }
+        rules = check_rules(config.get("objectives", {}), f"{where}.objectives", expected)
+        config["objectives"] = {n: _block_objective(rule, f"{where}.objectives.{n}") for n, rule in rules.items()}
         return cls(**config)
 
     def for_block(self, name: str) -> "SearchConfig":

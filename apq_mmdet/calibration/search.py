@@ -112,7 +112,7 @@ def search_block(
 
 def _join(layer: QuantizedLayer) -> int:
     """Let a layer compute with quantized operands, in integers where they are exact; the number of changes."""
-    mode = QuantizerMode.CODES if layer.exact_in_codes else QuantizerMode.QUANTIZE
+    mode = QuantizerMode.CODES if layer.may_take_codes else QuantizerMode.QUANTIZE
     changes = sum(quantizer.mode is QuantizerMode.FLOAT for quantizer in layer.quantizers.values())
     for quantizer in layer.quantizers.values():
         quantizer.mode = mode

@@ -79,11 +79,11 @@ class QuantizedLayer(nn.Module, ABC):
 
     @property
     def depth(self) -> int | None:
-        """Number of products that one output element sums up; None where the layer cannot multiply codes."""
+        """Number of products that one output element sums up; None where that differs or codes are not multiplied."""
         return None
 
     @property
-    def linear(self) -> bool:
+    def has_linear_codes(self) -> bool:
         """Whether all roles are quantized in formats whose codes can be multiplied."""
         return len(self.quantizers) == len(self.roles) and all(q.linear for q in self.quantizers.values())
 
@@ -93,9 +93,9 @@ class QuantizedLayer(nn.Module, ABC):
         return exact_in_codes(depth, *((q.code_max - q.code_min).bit_length() for q in self.quantizers.values()))
 
     @property
-    def exact_in_codes(self) -> bool:
-        """Whether all roles are quantized in formats and widths whose codes the layer can multiply exactly."""
-        return self.depth is not None and self.linear and self.sums_exactly(self.depth)
+    def may_take_codes(self) -> bool:
+        """Whether the layer gives what it gives for values, but for their rounding, where its quantizers give codes."""
+        return self.depth is not None and self.has_linear_codes and self.sums_exactly(self.depth)
 
     @property
     def takes_codes(self) -> bool:

@@ -46,9 +46,9 @@ class _QuantizedProduct(QuantizedLayer):
         return 1, self.heads
 
     @property
-    def exact_in_codes(self) -> bool:
-        """Whether codes can be multiplied; how deep a product is, and whether that is exact, each call tells."""
-        return self.linear
+    def may_take_codes(self) -> bool:
+        """See the base class. How deep a product is each call tells; where it is too deep, values are multiplied."""
+        return self.has_linear_codes
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """The product of the operands, quantized by the two roles."""

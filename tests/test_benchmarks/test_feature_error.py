@@ -39,6 +39,12 @@ def test_error_over_all_levels_and_images_the_best_first(runs, tmp_path, images,
     assert found["relative_error"]["far"] == pytest.approx(4 * elements / energy, rel=5e-3)
 
 
+def test_runs_of_one_name_are_refused(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        feature_error.main(["config.py", "float.pth", "a/run", "b/run", "--out", str(tmp_path / "errors.json")])
+    assert "two runs are called run" in capsys.readouterr().err
+
+
 def test_the_float_features_have_no_error():
     features = feature_error.features(detector(0.0), [{"inputs": 1.0}])
     assert feature_error.relative_error(features, [LEVELS]) == 0.0

@@ -49,7 +49,7 @@ def test_every_quantizer_of_a_swin_block(index, mode):
     for quantizer in quantizers_of(block):
         quantizer.set_range_factor(1.0)
     for _, layer in quantized_layers(block):
-        for quantizer in layer.quantizers.values() if layer.exact_in_codes else ():
+        for quantizer in layer.quantizers.values() if layer.may_take_codes else ():
             quantizer.mode = mode
     view, call = unit_module(block), to_units(block, calls[0])
     for name, layer in quantized_layers(block):

@@ -49,6 +49,15 @@ def test_what_a_run_leaves(result):
     assert report["sizes"]["quantized_checkpoint_bytes"] < float_bytes - 0.9 * 3.5 * weights
 
 
+def test_feature_error_of_a_run(result, config, tmp_path):
+    out = tmp_path / "errors.json"
+    line = [sys.executable, str(ROOT / "benchmarks/feature_error.py"), str(config), str(CHECKPOINT), str(result)]
+    subprocess.run([*line, "--num-val", "2", "--out", str(out)], check=True, capture_output=True)
+    found = json.loads(out.read_text())
+    assert found["images"] == 2
+    assert 0 < found["relative_error"][result.name] < 0.5
+
+
 def test_weights_take_half_a_byte(result):
     content = torch.load(result / "quantized.pth", weights_only=True)
     assert content["meta"]["apq_mmdet"]["format_version"] == 2

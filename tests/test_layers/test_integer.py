@@ -73,13 +73,13 @@ def test_the_bound():
 
 def test_deep_or_partly_float_layers_stay_with_values():
     layer, _ = calibrated("linear", 4)
-    assert layer.exact_in_codes
+    assert layer.may_take_codes
     assert not calibrated("linear", 4)[0].takes_codes  # by default
     del layer.quantizers["weight"]
-    assert not layer.exact_in_codes
+    assert not layer.may_take_codes
     deep = nn.Sequential(nn.Linear(300, 2))
     quantize_model(deep, Policy.from_dict(dict(w_bits=8, a_bits=8)))
-    assert not deep[0].exact_in_codes
+    assert not deep[0].may_take_codes
 
 
 PRODUCTS = {
@@ -109,7 +109,7 @@ FORMATS = {
 @pytest.mark.parametrize(("kind", "formats"), [(k, f) for k in PRODUCTS for f in FORMATS[k]], ids=str)
 def test_attention_product_of_codes_is_that_of_the_values(kind, bits, formats):
     layer, operands = calibrated_product(kind, bits, formats)
-    assert layer.exact_in_codes
+    assert layer.may_take_codes
     with torch.no_grad(), quantizer_mode(layer.quantizers.values(), QuantizerMode.CODES):
         output = layer(*operands)
     # every code from the plain formula on float32 parameters; the sum is exact in integers
@@ -136,7 +136,7 @@ def test_attention_products_that_are_too_deep_multiply_values():
 
 @pytest.mark.parametrize("attention", [dict(format="row_affine"), dict(format="log_sqrt2"), None], ids=str)
 def test_attention_products_in_other_formats_have_no_codes_to_multiply(attention):
-    assert not calibrated_product("attention_value", 4, dict(attention=attention))[0].exact_in_codes
+    assert not calibrated_product("attention_value", 4, dict(attention=attention))[0].may_take_codes
 
 
 def test_deconvolutions_multiply_values():

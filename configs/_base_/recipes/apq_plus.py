@@ -13,8 +13,6 @@ quant = dict(
         ffn=dict(kind="Linear", pattern=r"re:.*(ffn\.layers\.1|mlp\.fc2)", input=dict(granularity="channel")),
         head_convs=dict(kind="Conv2d", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
         head_fcs=dict(kind="Linear", pattern=r"re:(neck|.*head)\..*", input=dict(granularity="channel")),
-        # eight levels are too few for one range of all tokens
-        few_levels=dict(kind="Linear", max_bits=3, input=dict(format="token_affine", granularity="channel")),
         # sixteen are too few for one range of all RoIs, or of all levels that share a head
         head_convs_dynamic=dict(
             kind="Conv2d", pattern=r"re:(rpn|roi|bbox)_head\..*", max_bits=4, input=dict(format="dynamic_affine")
@@ -24,6 +22,13 @@ quant = dict(
             pattern=r"re:roi_head\..*",
             max_bits=4,
             input=dict(format="dynamic_affine", granularity="tensor"),
+        ),
+        # eight levels are too few for one range of all tokens
+        linear_low=dict(
+            kind="Linear",
+            pattern=r"re:(?!roi_head\.).*",
+            max_bits=3,
+            input=dict(format="token_affine", granularity="channel"),
         ),
         # queries and keys are signed int8 numbers: with eight bits around zero, with fewer less their zero points
         products=dict(query=dict(symmetric=True), key=dict(symmetric=True), attention=dict(format="row_affine")),
