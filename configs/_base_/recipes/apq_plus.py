@@ -6,7 +6,7 @@ _base_ = "./minmax.py"
 
 quant = dict(
     recipe="apq_plus",
-    formats=dict(
+    formats=dict(  # rules apply in the order of their names
         linear=dict(weight=dict(granularity="channel")),
         qkv=dict(weight=dict(granularity="channel")),
         # no norm stands before these inputs whose weights could make the channels even
