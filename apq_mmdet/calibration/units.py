@@ -20,7 +20,7 @@ from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.registry import ByClass
 
 SCREENS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # shares of a call's units on which candidates can be screened
-TILE_ELEMENTS = 2**18  # of one tile's output: what a block makes of it stays in a core's share of the cache
+TILE_ELEMENTS = 2**19  # of one tile's output: what a block makes of it stays in a core's share of the cache
 
 
 @dataclass(frozen=True)

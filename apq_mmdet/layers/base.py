@@ -93,6 +93,11 @@ class QuantizedLayer(nn.Module, ABC):
         return exact_in_codes(depth, *((q.code_max - q.code_min).bit_length() for q in self.quantizers.values()))
 
     @property
+    def codes_are_int8(self) -> bool:
+        """Whether codes of all roles less their zero points lie in -128..127, whatever the zero points are."""
+        return all(q.symmetric or q.code_max - q.code_min <= 127 for q in self.quantizers.values())
+
+    @property
     def may_take_codes(self) -> bool:
         """Whether the layer gives what it gives for values, but for their rounding, where its quantizers give codes."""
         return self.depth is not None and self.has_linear_codes and self.sums_exactly(self.depth)

@@ -1,9 +1,10 @@
-"""Products of integer codes on the matrix units of bfloat16 (CPU) and TF32 (CUDA), which compute them exactly.
+"""Products of integer codes on matrix units of int8 and bfloat16 (CPU) and TF32 (CUDA), which compute them exactly.
 
-A code of up to 8 bits, with its zero point taken off, is a whole number of at most 255 and survives the narrower
-formats unchanged; sums are kept in float32 and are exact while they stay within 2^24. So a product of codes has no
-rounding error at all, where the same product of fake-quantized values has that of float32, and it takes a fraction of
-the time. Where the hardware or an old torch has no such mode, the codes are multiplied in float32: the same numbers.
+A code of up to 8 bits, with its zero point taken off, is a whole number of at most 255 and survives bfloat16 and TF32
+unchanged; with 7 bits, or around zero, it is an int8 number, too. Sums are kept in float32 (of int8 numbers in int32)
+and are exact while they stay within 2^24. So a product of codes has no rounding error at all, where the same product
+of fake-quantized values has that of float32, and it takes a fraction of the time. Where the hardware or an old torch
+has no such units, the codes are multiplied in float32: the same numbers.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST_EXACT = 2**24  # of whole numbers in float32 all up to this one are exact
@@ -45,6 +47,32 @@ _active: list[bool] = []  # one entry for each context that is open
 def in_integer_precision() -> bool:
     """Whether ``integer_precision`` is on."""
     return bool(_active)
+
+
+def _has_int8_units() -> bool:
+    """Whether this CPU multiplies int8 numbers faster than any others, and torch lets it."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    usable = hasattr(torch, "_int_mm") and torch.backends.mkldnn.is_available()
+    return usable and supported is not None and supported()
+
+
+INT8_UNITS = _has_int8_units()
+
+
+def linear_of_codes(codes: Tensor, weight: Tensor, int8: bool) -> Tensor:
+    """``codes @ weight^T`` of whole numbers in a float dtype, [..., in] and [out, in] -> [..., out].
+
+    Args:
+        codes, weight: less their zero points; sums of their products must be exact (``exact_in_codes``).
+        int8: whether all of them lie in -128..127.
+    """
+    # products of depth 1 come out of torch 2.13's int8 kernel as whatever the memory held
+    if not (int8 and INT8_UNITS and codes.device.type == "cpu" and codes.shape[-1] > 1):
+        with integer_precision():
+            return F.linear(codes, weight)
+    rows = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
+    sums = torch._int_mm(rows, weight.to(torch.int8).t())  # int32
+    return sums.to(codes.dtype).view(*codes.shape[:-1], len(weight))
 
 
 def _backends() -> list[tuple[Any, str]]:

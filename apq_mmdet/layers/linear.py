@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.layers.base import QuantizedLayer, register_layer
-from apq_mmdet.layers.integer import integer_precision, rescale
+from apq_mmdet.layers.integer import linear_of_codes, rescale
 
 
 @register_layer(nn.Linear)
@@ -28,6 +28,4 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         x, weight = self.quantize("input", x), self.quantize("weight", self.weight)
         if not self.takes_codes:
             return F.linear(x, weight, self.bias)
-        with integer_precision():
-            product = F.linear(x, weight)
-        return rescale(product, self.code_scale(), self.bias)
+        return rescale(linear_of_codes(x, weight, self.codes_are_int8), self.code_scale(), self.bias)

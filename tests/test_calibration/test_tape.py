@@ -8,7 +8,7 @@ from torch import nn
 
 from apq_mmdet.calibration.tape import Replays, Tape, flushed_denormals
 from apq_mmdet.calibration.units import to_units, unit_module
-from apq_mmdet.layers import quantize_model, quantized_layers, quantizers_of
+from apq_mmdet.layers import integer, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.layers.integer import in_integer_precision
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 from apq_mmdet.quantizers.affine import shifted_codes
@@ -81,7 +81,8 @@ def test_what_comes_before_is_not_computed_again():
 
 
 @torch.no_grad()
-def test_integer_products_stay_integer_products():
+def test_integer_products_stay_integer_products(monkeypatch):
+    monkeypatch.setattr(integer, "INT8_UNITS", False)
     block, _ = prepared(0, recipe("apq"))
     for quantizer in quantizers_of(block):
         quantizer.set_range_factor(1.0)

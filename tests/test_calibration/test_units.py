@@ -106,7 +106,7 @@ def test_batches_stack_neighbouring_images_and_keep_them_apart():
 
 def test_batches_stack_like_calls_of_a_shard_and_leave_big_ones_alone():
     block = swin_block(0)
-    sides = [14, 13, 14, 210, 13, 210]  # 13 is padded, which takes another argument; 210 fills more than a tile
+    sides = [14, 13, 14, 266, 13, 266]  # 13 is padded, which takes another argument; 266 fills more than a tile
     calls = UnitCalls(TensorStore(memory=2**30), "b")
     with float_only(block):
         for image, side in enumerate(sides):

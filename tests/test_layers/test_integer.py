@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from apq_mmdet.layers import integer
 from apq_mmdet.layers.base import quantized_layers
 from apq_mmdet.layers.convert import quantize_model
-from apq_mmdet.layers.integer import exact_in_codes, integer_precision, rescale
+from apq_mmdet.layers.integer import exact_in_codes, integer_precision, linear_of_codes, rescale
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.policy import Policy
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
@@ -62,6 +63,47 @@ def test_products_are_exact_integers(shape, bits):
     with integer_precision():
         product = nn.functional.linear(x.float(), w.float())
     assert torch.equal(product.long(), x @ w.t())
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("shape", [(300, 500, 400), (3, 1, 2), (1, 1024, 96), (0, 8, 5)], ids=str)
+def test_products_of_int8_numbers_are_exact_on_any_units(shape, units, monkeypatch):
+    monkeypatch.setattr(integer, "INT8_UNITS", units)
+    rows, depth, columns = shape
+    x, w = torch.randint(-128, 128, (2, rows, depth)), torch.randint(-128, 128, (columns, depth))
+    x[0, :1], w[:1] = -128, -128
+    product = linear_of_codes(x.float(), w.float(), int8=True)
+    assert product.dtype is torch.float32
+    assert torch.equal(product.long(), x @ w.t())
+
+
+@pytest.mark.parametrize("weight", [{}, dict(granularity="channel"), dict(symmetric=True)], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+def test_int8_units_change_no_bit(bits, weight, monkeypatch):
+    layer, x = calibrated("linear", bits, **weight)
+    outputs = []
+    for units in (True, False):
+        monkeypatch.setattr(integer, "INT8_UNITS", units)
+        outputs.append(in_codes(layer, x))
+    assert torch.equal(*outputs)
+
+
+def test_codes_of_eight_bits_are_int8_numbers_around_zero_only(monkeypatch):
+    monkeypatch.setattr(integer, "INT8_UNITS", True)
+    model = nn.Sequential(nn.Linear(5, 3))
+    quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=8)))
+    layer, x = model[0], torch.rand(7, 5)  # all positive: codes up to 255 with zero point 0
+    for role, seen in (("weight", layer.weight), ("input", x)):
+        layer.quantizers[role].observe(seen)
+        layer.quantizers[role].set_range_factor(1.0)
+    assert not layer.codes_are_int8
+    with torch.no_grad():
+        torch.testing.assert_close(in_codes(layer, x), layer(x), rtol=1e-5, atol=1e-6)
+    symmetric = dict(all=dict(weight=dict(symmetric=True), input=dict(symmetric=True)))
+    for bits, formats in ((7, {}), (8, symmetric)):
+        model = nn.Sequential(nn.Linear(5, 3))
+        quantize_model(model, Policy.from_dict(dict(w_bits=bits, a_bits=bits, formats=formats)))
+        assert model[0].codes_are_int8
 
 
 def test_the_bound():
