@@ -1,0 +1,77 @@
+"""AP of finished runs on more val images than the demo set has: finer than that on its 400.
+
+    python benchmarks/more_images.py CONFIG CHECKPOINT RUN [RUN ...] --out benchmarks/results/more_images.json
+
+CONFIG and CHECKPOINT are the float detector's, each RUN is a work dir of tools/quantize_det.py (those of
+benchmarks/accuracy.py are in work_dirs/accuracy). The images are drawn as those of the demo set are, from another
+seed, so that no detector was trained, calibrated or compared on any of them before. Results are kept as they come:
+what is there is not evaluated again.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from apq_mmdet.datasets import write_demo_set
+from apq_mmdet.files import write_json
+
+FLOAT = "float"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config")
+    add("checkpoint")
+    add("runs", nargs="+", type=Path, metavar="RUN")
+    add("--num-val", type=int, default=1600, help="images to evaluate (default: 1600)")
+    add("--seed", type=int, default=1, help="of the images; the demo set has 0 (default: 1)")
+    add("--data", type=Path, default=Path("work_dirs/more_images"), help="folder for the images and logs")
+    add("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    names = [FLOAT, *(run.resolve().name for run in args.runs)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        parser.error(f"two runs are called {twice}: results are told by the name of a run's folder")
+    return args
+
+
+def evaluate(config: str, checkpoint: str, data: Path, work_dir: Path) -> list[float]:
+    """Box and mask AP of a detector on the val images of a demo set, in percent."""
+    cfg = Config.fromfile(config)
+    cfg.load_from, cfg.work_dir = checkpoint, str(work_dir)
+    cfg.test_dataloader.dataset.data_root = f"{data}/"
+    cfg.test_evaluator.ann_file = str(data / "annotations" / "instances_val.json")
+    metrics = Runner.from_cfg(cfg).test()
+    return [round(100 * metrics[f"coco/{kind}_mAP"], 1) for kind in ("bbox", "segm")]
+
+
+def read_results(out: Path, drawn: dict[str, int]) -> dict[str, Any]:
+    """What earlier commands found on the same images."""
+    if out.exists() and (found := json.loads(out.read_text()))["images"] == drawn:
+        return found
+    return {"images": drawn, "box_and_mask_ap": {}}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate what has no result yet."""
+    args = parse_args(argv)
+    data = args.data.resolve() / "demo"
+    write_demo_set(data, args.seed, 1, args.num_val)
+    results = read_results(args.out, {"seed": args.seed, "number": args.num_val})
+    todo = {FLOAT: (args.config, args.checkpoint)}
+    todo |= {run.resolve().name: (str(run / "config.py"), str(run / "quantized.pth")) for run in args.runs}
+    for name, (config, checkpoint) in todo.items():
+        if name not in results["box_and_mask_ap"]:
+            results["box_and_mask_ap"][name] = evaluate(config, checkpoint, data, args.data / "logs")
+            write_json(args.out, results)
+        print(name, *results["box_and_mask_ap"][name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
