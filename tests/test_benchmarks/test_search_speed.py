@@ -11,7 +11,7 @@ import torch
 from helpers import build_swin, observed, recipe
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
-from apq_mmdet.layers import quantize_model, quantized_layers
+from apq_mmdet.layers import integer, quantize_model, quantized_layers
 
 NAME = "stages.0.blocks.1"
 
@@ -54,6 +54,14 @@ def test_a_search_that_chooses_otherwise_is_told(captured, monkeypatch):
 
 
 def test_shares_of_time_are_written(captured, monkeypatch, tmp_path):
+    operations = set()
+    for units in (True, False):  # products on int8 units count like any others
+        monkeypatch.setattr(integer, "INT8_UNITS", units)
+        operations.add(gemm_operations(captured, monkeypatch, tmp_path))
+    assert len(operations) == 1
+
+
+def gemm_operations(captured, monkeypatch, tmp_path):
     out = tmp_path / "shares.json"
     monkeypatch.setattr(time_shares, "capture", lambda args: captured)
     monkeypatch.setattr(time_shares, "rates", lambda: (1e9, 1e9))
@@ -67,3 +75,4 @@ def test_shares_of_time_are_written(captured, monkeypatch, tmp_path):
     assert min(row["share"].values()) > 0
     assert row["share_other"] >= 0
     assert row["times_the_floor"] > 0
+    return row["gemm_operations"]
