@@ -4,11 +4,12 @@
 
 CONFIG and CHECKPOINT are the float detector's, each RUN is a work dir of tools/quantize_det.py (those of
 benchmarks/accuracy.py are in work_dirs/accuracy). The images are drawn as those of the demo set are, from another
-seed, so that no detector was trained, calibrated or compared on any of them before. Results are kept as they come:
-what is there is not evaluated again.
+seed, so that no detector was trained, calibrated or compared on any of them before. Results are kept as they come,
+and those of a checkpoint that has not changed are not made again.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,26 +52,30 @@ def evaluate(config: str, checkpoint: str, data: Path, work_dir: Path) -> list[f
     return [round(100 * metrics[f"coco/{kind}_mAP"], 1) for kind in ("bbox", "segm")]
 
 
-def read_results(out: Path, drawn: dict[str, int]) -> dict[str, Any]:
-    """What earlier commands found on the same images."""
-    if out.exists() and (found := json.loads(out.read_text()))["images"] == drawn:
-        return found
-    return {"images": drawn, "box_and_mask_ap": {}}
+def read_results(out: Path, images: dict[str, int]) -> dict[str, Any]:
+    """What earlier commands found on these images."""
+    found = json.loads(out.read_text()) if out.exists() else {"images": images, "detectors": {}}
+    if found["images"] != images:
+        raise SystemExit(f"{out} holds results on other images ({found['images']}): choose another --out")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate what has no result yet."""
     args = parse_args(argv)
+    results = read_results(args.out, {"seed": args.seed, "number": args.num_val})
     data = args.data.resolve() / "demo"
     write_demo_set(data, args.seed, 1, args.num_val)
-    results = read_results(args.out, {"seed": args.seed, "number": args.num_val})
     todo = {FLOAT: (args.config, args.checkpoint)}
     todo |= {run.resolve().name: (str(run / "config.py"), str(run / "quantized.pth")) for run in args.runs}
     for name, (config, checkpoint) in todo.items():
-        if name not in results["box_and_mask_ap"]:
-            results["box_and_mask_ap"][name] = evaluate(config, checkpoint, data, args.data / "logs")
+        digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+        found = results["detectors"].get(name)
+        if found is None or found["sha256"] != digest:
+            ap = evaluate(config, checkpoint, data, args.data / "logs")
+            found = results["detectors"][name] = {"box_and_mask_ap": ap, "sha256": digest}
             write_json(args.out, results)
-        print(name, *results["box_and_mask_ap"][name], flush=True)
+        print(name, *found["box_and_mask_ap"], flush=True)
 
 
 if __name__ == "__main__":

@@ -50,10 +50,16 @@ def in_integer_precision() -> bool:
 
 
 def _has_int8_units() -> bool:
-    """Whether this CPU multiplies int8 numbers faster than any others, and torch lets it."""
+    """Whether this CPU multiplies int8 numbers faster than any others, and torch uses that.
+
+    Kernels of oneDNN for other CPUs, which it can be told to use, add up pairs of products in int16, too few bits for
+    the largest codes: so one such product is tried.
+    """
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    usable = hasattr(torch, "_int_mm") and torch.backends.mkldnn.is_available()
-    return usable and supported is not None and supported()
+    if supported is None or not supported() or not torch.backends.mkldnn.is_available():
+        return False
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
 
 
 INT8_UNITS = _has_int8_units()
@@ -63,15 +69,16 @@ def linear_of_codes(codes: Tensor, weight: Tensor, int8: bool) -> Tensor:
     """``codes @ weight^T`` of whole numbers in a float dtype, [..., in] and [out, in] -> [..., out].
 
     Args:
-        codes, weight: less their zero points; sums of their products must be exact (``exact_in_codes``).
+        codes, weight: less their zero points; sums of their products must be exact (``exact_in_codes``). A NaN among
+            them counts as some number.
         int8: whether all of them lie in -128..127.
     """
-    # products of depth 1 come out of torch 2.13's int8 kernel as whatever the memory held
-    if not (int8 and INT8_UNITS and codes.device.type == "cpu" and codes.shape[-1] > 1):
+    rows = codes.reshape(-1, codes.shape[-1])
+    # torch 2.13's int8 kernel goes by strides, which say nothing of an axis of one element, and then reads elsewhere
+    if not (int8 and INT8_UNITS and codes.device.type == "cpu") or 1 in (*rows.shape, len(weight)):
         with integer_precision():
             return F.linear(codes, weight)
-    rows = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
-    sums = torch._int_mm(rows, weight.to(torch.int8).t())  # int32
+    sums = torch._int_mm(rows.to(torch.int8), weight.to(torch.int8).t())  # int32
     return sums.to(codes.dtype).view(*codes.shape[:-1], len(weight))
 
 

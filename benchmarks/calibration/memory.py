@@ -5,8 +5,9 @@
         --images FOLDER [FOLDER ...] --num-calib 8 32 128
 
 Each run is a process of its own; one more without a search gives the model's own peak, float inference included. Of
-a run with one process, on Linux, the anonymous memory is looked at ten times a second: the least of the run's second
-half is what it holds between one step and the next, beside which the peak is for a moment.
+a run with one process, on Linux, the anonymous memory is looked at ten times a second: the least of the run's third
+quarter, in the midst of the blocks, is what it holds between one step and the next, beside which the peak is for a
+moment.
 """
 
 import argparse
@@ -39,14 +40,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def held_memory(process: subprocess.Popen) -> float | None:
-    """Wait for a process; the least anonymous memory in the second half of its run in GiB, None where nobody knows."""
+    """Wait for a process; the least anonymous memory in the third quarter of its run, GiB; None where nobody knows."""
     seen = []
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status")
         found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
         seen += [int(found[1]) / 2**20] if found else []
         time.sleep(0.1)
-    return round(min(seen[len(seen) // 2 :]), 2) if seen else None
+    midst = seen[len(seen) // 2 : len(seen) * 3 // 4]
+    return round(min(midst), 2) if midst else None
 
 
 def run(args: argparse.Namespace, images: Path, recipe: str, number: int) -> dict[str, Any]:

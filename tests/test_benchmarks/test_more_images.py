@@ -23,7 +23,19 @@ def evaluated(monkeypatch):
 
 
 def options(tmp_path, *runs, seed=1):
-    line = ["float.py", "float.pth", *(str(tmp_path / run) for run in runs), "--num-val", "1", "--seed", str(seed)]
+    for run in runs:
+        (tmp_path / run).mkdir(parents=True, exist_ok=True)
+        (tmp_path / run / "quantized.pth").write_text(run)
+    (tmp_path / "float.pth").write_text("float")
+    line = [
+        "float.py",
+        str(tmp_path / "float.pth"),
+        *(str(tmp_path / run) for run in runs),
+        "--num-val",
+        "1",
+        "--seed",
+        str(seed),
+    ]
     return [*line, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "results.json")]
 
 
@@ -31,19 +43,30 @@ def test_the_float_detector_and_each_run_once(evaluated, tmp_path):
     more_images.main(options(tmp_path, "a"))
     more_images.main(options(tmp_path, "a", "b"))
     files = [(str(tmp_path / run / "config.py"), str(tmp_path / run / "quantized.pth")) for run in "ab"]
-    assert evaluated == [("float.py", "float.pth"), *files]
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found == {
-        "images": {"seed": 1, "number": 1},
-        "box_and_mask_ap": {"float": [1.0, 10.0], "a": [2.0, 20.0], "b": [3.0, 30.0]},
-    }
+    assert evaluated == [("float.py", str(tmp_path / "float.pth")), *files]
+    assert found_in(tmp_path) == {"float": [1.0, 10.0], "a": [2.0, 20.0], "b": [3.0, 30.0]}
 
 
-def test_results_on_other_images_are_not_mixed(evaluated, tmp_path):
+def found_in(tmp_path):
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["images"] == {"seed": 1, "number": 1}
+    return {name: found["box_and_mask_ap"] for name, found in results["detectors"].items()}
+
+
+def test_a_run_that_was_made_again_is_evaluated_again(evaluated, tmp_path):
+    line = options(tmp_path, "a", "b")
+    more_images.main(line)
+    (tmp_path / "a" / "quantized.pth").write_text("another")
+    more_images.main(line)
+    assert found_in(tmp_path) == {"float": [1.0, 10.0], "a": [4.0, 40.0], "b": [3.0, 30.0]}
+
+
+def test_results_on_other_images_are_not_overwritten(evaluated, tmp_path):
     more_images.main(options(tmp_path, "a"))
-    more_images.main(options(tmp_path, "a", seed=2))
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found == {"images": {"seed": 2, "number": 1}, "box_and_mask_ap": {"float": [3.0, 30.0], "a": [4.0, 40.0]}}
+    with pytest.raises(SystemExit, match=r"results.json holds results on other images"):
+        more_images.main(options(tmp_path, "a", seed=2))
+    assert len(evaluated) == 2
+    assert found_in(tmp_path) == {"float": [1.0, 10.0], "a": [2.0, 20.0]}
 
 
 def test_the_drawn_images_are_evaluated(monkeypatch, tmp_path):

@@ -65,31 +65,74 @@ def test_products_are_exact_integers(shape, bits):
     assert torch.equal(product.long(), x @ w.t())
 
 
-@pytest.mark.parametrize("units", [True, False])
-@pytest.mark.parametrize("shape", [(300, 500, 400), (3, 1, 2), (1, 1024, 96), (0, 8, 5)], ids=str)
-def test_products_of_int8_numbers_are_exact_on_any_units(shape, units, monkeypatch):
-    monkeypatch.setattr(integer, "INT8_UNITS", units)
+needs_int8_units = pytest.mark.skipif(not integer.INT8_UNITS, reason="this CPU has no units for int8 numbers")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_int8_units), False], ids=["int8", "float"])
+def products_in_int8(request, monkeypatch):
+    """With and without int8 units: a list that gets an entry for each product on them."""
+    seen = []
+    if request.param:
+        multiply = torch._int_mm
+        monkeypatch.setattr(torch, "_int_mm", lambda *args: seen.append(True) or multiply(*args))
+    monkeypatch.setattr(integer, "INT8_UNITS", request.param)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(300, 500, 400), (3, 1, 2), (3, 9, 1), (1, 1024, 96), (0, 8, 5)], ids=str)
+def test_products_of_int8_numbers_are_exact_on_any_units(shape, products_in_int8):
     rows, depth, columns = shape
     x, w = torch.randint(-128, 128, (2, rows, depth)), torch.randint(-128, 128, (columns, depth))
     x[0, :1], w[:1] = -128, -128
     product = linear_of_codes(x.float(), w.float(), int8=True)
     assert product.dtype is torch.float32
     assert torch.equal(product.long(), x @ w.t())
+    assert bool(products_in_int8) == (integer.INT8_UNITS and 1 not in (depth, columns))
 
 
-@pytest.mark.parametrize("weight", [{}, dict(granularity="channel"), dict(symmetric=True)], ids=str)
-@pytest.mark.parametrize("bits", [2, 4, 7, 8])
-def test_int8_units_change_no_bit(bits, weight, monkeypatch):
-    layer, x = calibrated("linear", bits, **weight)
-    outputs = []
-    for units in (True, False):
-        monkeypatch.setattr(integer, "INT8_UNITS", units)
-        outputs.append(in_codes(layer, x))
-    assert torch.equal(*outputs)
+def test_axes_of_one_element_may_have_any_stride(products_in_int8):
+    x, w = torch.randint(-9, 10, (7, 32)), torch.randint(-9, 10, (1, 32))
+    for left, right in ((x, w), (w, x), (w, w)):
+        for stride in (0, 5):
+            a, b = (t.float().as_strided(t.shape, (stride if len(t) == 1 else 32, 1)) for t in (left, right))
+            assert torch.equal(linear_of_codes(a, b, int8=True).long(), left @ right.t())
 
 
-def test_codes_of_eight_bits_are_int8_numbers_around_zero_only(monkeypatch):
-    monkeypatch.setattr(integer, "INT8_UNITS", True)
+@needs_int8_units
+@pytest.mark.parametrize(
+    ("bits", "formats", "int8"),
+    [
+        (2, {}, True),
+        (4, dict(weight=dict(granularity="channel")), True),
+        (7, {}, True),
+        (8, dict(weight=dict(symmetric=True), input=dict(symmetric=True)), True),
+        (8, dict(weight=dict(symmetric=True)), False),
+    ],
+    ids=str,
+)
+def test_int8_units_change_no_bit_of_a_layer(bits, formats, int8, monkeypatch):
+    model = nn.Sequential(nn.Linear(37, 11))
+    quantize_model(model, Policy.from_dict(dict(w_bits=bits, a_bits=bits, formats=dict(all=formats))))
+    layer, x = model[0], torch.randn(5, 3, 37)
+    for role, seen in (("weight", layer.weight), ("input", x)):
+        layer.quantizers[role].observe(seen)
+        layer.quantizers[role].set_range_factor(0.9)
+    multiply, ran = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda *args: ran.append(True) or multiply(*args))
+    output = in_codes(layer, x)
+    assert bool(ran) is int8
+    monkeypatch.setattr(integer, "INT8_UNITS", False)
+    assert torch.equal(in_codes(layer, x), output)
+
+
+def test_a_kernel_that_rounds_off_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
+    saturated = torch.full((32, 32), 32 * 2**15 - 1, dtype=torch.int32)  # pairs of products in int16
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right: saturated, raising=False)
+    assert not integer._has_int8_units()
+
+
+def test_codes_of_eight_bits_are_int8_numbers_around_zero_only():
     model = nn.Sequential(nn.Linear(5, 3))
     quantize_model(model, Policy.from_dict(dict(w_bits=8, a_bits=8)))
     layer, x = model[0], torch.rand(7, 5)  # all positive: codes up to 255 with zero point 0
