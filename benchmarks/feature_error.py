@@ -24,14 +24,25 @@ from torch import Tensor, nn
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-val", type=int, default=100, help="the first so many val images (default: 100)")
+    return parse_runs(parser, argv)
+
+
+def parse_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *taken: str) -> argparse.Namespace:
+    """Command line with a float detector, finished runs that are told by their names, and a file for the results.
+
+    Args:
+        parser: with the options that are a benchmark's own.
+        argv: what to parse; None for the process' own.
+        taken: names that no run may have.
+    """
     add = parser.add_argument
     add("config")
     add("checkpoint")
     add("runs", nargs="+", type=Path, metavar="RUN")
-    add("--num-val", type=int, default=100, help="the first so many val images (default: 100)")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    names = [run.resolve().name for run in args.runs]
+    names = [*taken, *(run.resolve().name for run in args.runs)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         parser.error(f"two runs are called {twice}: results are told by the name of a run's folder")
     return args

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from feature_error import parse_runs
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -28,18 +29,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("config")
-    add("checkpoint")
-    add("runs", nargs="+", type=Path, metavar="RUN")
     add("--num-val", type=int, default=1600, help="images to evaluate (default: 1600)")
     add("--seed", type=int, default=1, help="of the images; the demo set has 0 (default: 1)")
     add("--data", type=Path, default=Path("work_dirs/more_images"), help="folder for the images and logs")
-    add("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
-    names = [FLOAT, *(run.resolve().name for run in args.runs)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        parser.error(f"two runs are called {twice}: results are told by the name of a run's folder")
-    return args
+    return parse_runs(parser, argv, FLOAT)
 
 
 def evaluate(config: str, checkpoint: str, data: Path, work_dir: Path) -> list[float]:
