@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from apq_mmdet.checks import check_whole
 from apq_mmdet.datasets import write_demo_set
 from apq_mmdet.engine import command
+from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.engine.run_record import STATES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +57,21 @@ def row(name: str, metrics: dict[str, float], mib: float, seconds: float | None)
     return "  ".join([*cells, f"{mib:8.1f}", "        -" if seconds is None else f"{seconds:8.0f}s"])
 
 
-def main() -> int:
-    """Run the demo; 0 on success."""
+def main() -> None:
+    """Run the demo."""
     args = parse_args()
+    sys.exit(exit_code_of(lambda: demonstrate(args)))
+
+
+def demonstrate(args: argparse.Namespace) -> None:
+    """Quantize, and print the table.
+
+    Raises:
+        BadInputError: a number that is not positive, or a work dir whose ``data`` is something else.
+        SystemExit: a quantization failed; its log says why.
+    """
+    for option in ("num_val", "num_calib"):
+        check_whole(getattr(args, option), f"--{option.replace('_', '-')}", 1)
     start = time.perf_counter()
     data = args.work_dir / "data"
     write_demo_set(data, seed=0, num_train=max(args.num_calib, 32), num_val=args.num_val, workers=2)
@@ -76,7 +90,7 @@ def main() -> int:
         with (out / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
             code = command.main(options if rows else [*options, "--eval-float"])
         if code:
-            return code
+            sys.exit(code)
         report = json.loads((out / "report.json").read_text())
         sizes = {kind: value / 2**20 for kind, value in report["sizes"].items()}
         if not rows:
@@ -89,8 +103,7 @@ def main() -> int:
     print(f"AP on the first {args.num_val} images of the val split; {time.perf_counter() - start:.0f} s in all\n")
     print("bits       box AP     AP50  mask AP     AP50       MiB  calibration")
     print("\n".join(rows))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,7 +11,7 @@ from mmdet.registry import VISUALIZERS
 
 from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import check_target
+from apq_mmdet.files import check_target, known_globals
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,7 +30,8 @@ def parse_args() -> argparse.Namespace:
 
 def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) -> np.ndarray:
     """The image with one model's detections and a title above, BGR uint8 [H, W, 3]."""
-    model = init_detector(config, checkpoint, device=args.device)
+    with known_globals():  # of what training leaves beside the weights
+        model = init_detector(config, checkpoint, device=args.device)
     result = inference_detector(model, args.image)
     visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name=title, alpha=0.5, line_width=1))
     visualizer.dataset_meta = model.dataset_meta
@@ -80,6 +81,8 @@ def draw(args: argparse.Namespace) -> None:
     if cv2.imread(args.image) is None:
         raise BadInputError(f"{args.image} is no image that can be read")
     check_target(args.out)
+    if not cv2.haveImageWriter(str(args.out)):
+        raise BadInputError(f"--out {args.out} must end in a format of pictures, such as .png")
     panels = [panel(*model, args) for model in read_models(args.models)]
     gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,10 +31,10 @@ def main() -> None:
 
 def write(args: argparse.Namespace) -> None:
     """The set, or a preview of it."""
+    check_seed(args.seed)
     if args.preview:
         contact_sheet(args.preview, args.seed)
         return
-    check_seed(args.seed)
     for option in ("num_train", "num_val", "workers"):
         if getattr(args, option) < 1:
             raise BadInputError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")

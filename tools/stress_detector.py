@@ -19,9 +19,11 @@ from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.engine.float_config import build_model, read_config
 from apq_mmdet.engine.options import check_seed, refuse_overwriting
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import safe_load, tensor_bytes, write_atomic
+from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
 from apq_mmdet.models import detection_task
-from apq_mmdet.models.stress import PEAK, SPREAD, Unevenness, rescalings_by_name, stress
+from apq_mmdet.models.stress import PEAK, SPREAD, Unevenness, check_factors, rescalings_by_name, stress
+
+CLASS_KEYS = ("dataset_meta", "CLASSES", "PALETTE")  # of a checkpoint's meta: what mmdet takes class names from
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,9 +45,12 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
     """Load, stress, write.
 
     Raises:
-        BadInputError: a quantized config, no Swin blocks, a checkpoint of another architecture, no images.
+        BadInputError: a quantized config, no Swin blocks, a checkpoint of another architecture, no images,
+            numbers out of their ranges, or an OUT that cannot be written.
     """
     check_seed(args.seed)
+    check_factors(args.spread, args.peak)
+    check_target(args.out)
     refuse_overwriting({args.out: args.checkpoint}, "OUT")
     cfg = read_config(args.config)
     if not isinstance(cfg.get("model"), dict):
@@ -68,7 +73,9 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
             task.teacher(model, image)
 
     rows = stress(model, run, args.seed, args.spread, args.peak)
-    write_atomic(args.out, tensor_bytes({"meta": meta, "state_dict": _state_like(args.checkpoint, model.state_dict())}))
+    state = _state_like(args.checkpoint, model.state_dict())
+    kept = {key: meta[key] for key in CLASS_KEYS if key in meta}
+    write_atomic(args.out, tensor_bytes({"meta": kept, "state_dict": state}))
     return rows
 
 

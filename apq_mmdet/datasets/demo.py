@@ -5,7 +5,6 @@ workers.
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -50,8 +49,8 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
     """Write both splits under `out`, or leave it as it is where this very set is already complete.
 
     Args:
-        out: target folder; gets ``annotations/``, ``train/`` and ``val/``. An incomplete or different set
-            there is replaced once the new one is complete.
+        out: target folder; gets ``annotations/``, ``train/`` and ``val/``. Another set there is
+            replaced once the new one is complete.
         seed: determines every image.
         num_train: images of the train split.
         num_val: images of the val split.
@@ -76,13 +75,13 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
             _write_split(temporary, split, number, seed, workers)
         (temporary / STAMP).write_text(json.dumps(stamp))
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(Path(folder) / "before")  # goes with the temporary folder
         temporary.rename(out)
     return True
 
 
 def _holds_demo_set(out: Path) -> bool:
-    """Whether all that a folder holds is a demo set, complete or not; so it is where there is nothing."""
+    """Whether all that a folder holds is a demo set; so it is where there is nothing."""
     names = {path.name for path in out.iterdir()}
     if not names:
         return True

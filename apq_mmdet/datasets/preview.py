@@ -8,6 +8,8 @@ import numpy as np
 from apq_mmdet.datasets.demo import demo_image
 from apq_mmdet.datasets.scene import LONG_SIDE, Image, Instance
 from apq_mmdet.datasets.shapes import CLASSES
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import check_target
 
 PALETTE = (
     (0, 0, 255),
@@ -43,7 +45,14 @@ def draw_instances(image: Image, instances: list[Instance]) -> Image:
 
 
 def contact_sheet(out: Path, seed: int) -> None:
-    """Write the first five val images of a seed as one picture, side by side."""
+    """Write the first five val images of a seed as one picture, side by side.
+
+    Raises:
+        BadInputError: ``out`` cannot be written, or its name ends in no format of pictures.
+    """
+    check_target(out)
+    if not cv2.haveImageWriter(str(out)):
+        raise BadInputError(f"{out} must end in a format of pictures, such as .png")
     sheet = np.zeros((LONG_SIDE, 5 * LONG_SIDE, 3), np.uint8)
     for index in range(5):
         picture = draw_instances(*demo_image(seed, "val", index))

@@ -81,10 +81,15 @@ def build_classifier(name: str, model_args: dict[str, Any], pretrained: bool = F
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, resample: bool = False) -> None:
     """Load a float checkpoint, all of it or nothing: of timm, of the models' authors, or ``.safetensors``.
 
     Keys and shapes pass through timm's own conversion of published checkpoints.
+
+    Args:
+        model: of timm.
+        path: of the checkpoint.
+        resample: whether that may make embeddings for other sizes of images, patches or windows.
 
     Raises:
         BadInputError: unreadable, already quantized, of another architecture, or with NaN weights.
@@ -94,14 +99,29 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if "adapt_layer_scale" in inspect.signature(convert).parameters:  # of DeiT III, whose factors have other names
         convert = partial(convert, adapt_layer_scale=True)
     other = f"checkpoint {path} is of another architecture than the model: it"
+    shapes = {key: value.shape for key, value in state.items()}
     try:
-        found = model.load_state_dict(convert(state, model), strict=False)
-    except (RuntimeError, AttributeError) as error:  # of other shapes, or for modules that the model has not
+        converted = convert(state, model)
+        resampled = [key for key, value in converted.items() if _is_resampled(shapes.get(key), value.shape)]
+        if resampled and not resample:
+            raise BadInputError(
+                f"{other} has other sizes of {listed(resampled)}; if it is to be resampled, say so with "
+                f"--model-args img_size=..."
+            )
+        found = model.load_state_dict(converted, strict=False)
+    except BadInputError:
+        raise
+    except Exception as error:  # other shapes, or modules that the model has not: timm's conversions fail in any way
         lines = str(error).splitlines()
         raise BadInputError(f"{other} does not fit: {listed([line.strip() for line in lines[1:] or lines])}") from error
     for what, keys in (("lacks", found.missing_keys), ("holds unknown", found.unexpected_keys)):
         if keys:
             raise BadInputError(f"{other} {what} {listed(keys)}")
+
+
+def _is_resampled(before: torch.Size | None, after: torch.Size) -> bool:
+    """Whether a tensor has other sizes than before; one of another number of axes was only written otherwise."""
+    return before is not None and len(before) == len(after) and before != after
 
 
 def _read_content(path: str | Path) -> Any:

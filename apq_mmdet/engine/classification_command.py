@@ -40,6 +40,7 @@ from apq_mmdet.layers import float_only, quantize_model
 from apq_mmdet.models.timm_import import import_timm
 from apq_mmdet.report import render_table, write_report
 
+SIZES = {"img_size", "patch_size", "window_size"}  # arguments of models for which timm resamples embeddings
 EPILOG = """
 examples:
   W4A4 of a checkpoint of your own, float accuracy beside it:
@@ -130,7 +131,7 @@ class ClassificationRun:
         self.recipe = Recipe.from_dict(self.quant)
         self.model = build_classifier(args.model, args.model_args, args.pretrained)
         if args.checkpoint:
-            load_weights(self.model, args.checkpoint)
+            load_weights(self.model, args.checkpoint, resample=not SIZES.isdisjoint(args.model_args))
         self.float_bytes = self._float_bytes()
         self.data = data_config(self.model, args.model_args)
         self.table = quantize_model(self.model, self.recipe.policy)

@@ -60,7 +60,7 @@ examples:
   the whole detector, calibrated on a folder of images without annotations, no evaluation:
     python tools/quantize_det.py CONFIG CHECKPOINT --scope detector --calib-dir IMAGES --no-eval --work-dir DIR
   leave a layer float (any key of the quant dict can be set):
-    ... --cfg-options model.quant.overrides.mine.pattern='*.fc_cls' model.quant.overrides.mine.float=True
+    ... --cfg-options model.quant.overrides.mine.pattern='*patch_embed.projection' model.quant.overrides.mine.float=True
   two processes, each with half of the images; the same bytes as one process with as many threads:
     torchrun --nproc-per-node 2 tools/quantize_det.py CONFIG CHECKPOINT --launcher pytorch --work-dir DIR
   what a run would do, about how long and with how much memory, without doing it:
@@ -163,7 +163,7 @@ def choose_device(device: str | None) -> None:
         if get_device() == "mps":  # which has no float64
             mmengine.device.utils.DEVICE = "cpu"
         return
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
         raise BadInputError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
     if device != "cpu":
         index = torch.device(device).index or 0

@@ -89,4 +89,7 @@ class KeyValues(DictAction):
         for value in values:
             if "=" not in value:
                 parser.error(f"{option}: expected key=value, got {value!r}")
-        super().__call__(parser, namespace, values, option)
+        try:
+            super().__call__(parser, namespace, values, option)
+        except AssertionError as error:  # brackets that do not match
+            parser.error(f"{option}: {error}")

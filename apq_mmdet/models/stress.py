@@ -45,6 +45,12 @@ def rescalings_by_name(model: nn.Module) -> dict[str, Rescaling]:
     return places
 
 
+def check_factors(spread: float, peak: float) -> None:
+    """Raise BadInputError where these are no spread and no peak of ``stress``."""
+    if not (0 <= spread < math.inf and 1 <= peak < math.inf):
+        raise BadInputError(f"spread must be at least 0 and peak at least 1, got {spread:g} and {peak:g}")
+
+
 def stress(
     model: nn.Module, run: Callable[[], None], seed: int = 0, spread: float = SPREAD, peak: float = PEAK
 ) -> list[Unevenness]:
@@ -61,8 +67,7 @@ def stress(
     Raises:
         BadInputError: the model has nothing to rescale, or spread and peak are out of their ranges.
     """
-    if spread < 0 or peak < 1:
-        raise BadInputError(f"spread must be at least 0 and peak at least 1, got {spread:g} and {peak:g}")
+    check_factors(spread, peak)
     places = rescalings_by_name(model)
     before = _spans(places, run)
     generator = torch.Generator().manual_seed(seed)

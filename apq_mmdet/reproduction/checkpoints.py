@@ -51,6 +51,14 @@ def refuse_missing(detectors: list[Detector], folder: Path) -> None:
         raise BadInputError(f"checkpoints are missing; --download fetches them:\n{listed}")
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of checkpoints; BadInputError where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"--checkpoints {folder} cannot be made: {error}") from error
+
+
 def download(detector: Detector, folder: Path) -> None:
     """Fetch a checkpoint that is not there; the file is whole and of the expected digest, or absent.
 
@@ -60,7 +68,7 @@ def download(detector: Detector, folder: Path) -> None:
     path = file_of(detector, folder)
     if path.is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     print(f"downloading {detector.weights}", flush=True)
     partial, expected = path.with_name(f"{path.name}.part"), expected_sha256(detector)
     try:

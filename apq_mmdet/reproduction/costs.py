@@ -125,7 +125,7 @@ def row_cost(
     """
     model = _loaded(cfg, checkpoint)
     samples = CalibrationImages(images, test_pipeline(cfg))
-    plan = make_plan(model, samples, detection_task(model), model.recipe, memory_budget)
+    plan = make_plan(model, samples, detection_task(model, model.recipe.policy.scope), model.recipe, memory_budget)
     own = min(row.num_calib, SHARD * math.ceil(row.num_calib / SHARD / processes))  # of the first process
     shared = dataclasses.replace(plan, processes=processes, own=own)
     whole_blocks = plan.sizes.state_float if model.recipe.changes_weights else 0  # finished blocks, for --resume

@@ -17,7 +17,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise BadInputError(f"--work-dir {folder} cannot be made: {error}") from error
     refusal = f"another command, or a row that a killed command left running, works in {folder}; wait or end it"
     with lock(folder, refusal, inherited=True):

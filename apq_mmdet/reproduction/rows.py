@@ -99,7 +99,7 @@ def select(
     detectors: dict[str, Detector] = {}
     rows: list[Row] = []
     for name in wanted:
-        float_name = models[name].get("Metadata", {}).get("Float model", name)
+        float_name = _part(models[name], "Metadata").get("Float model", name)
         check_choice(float_name, models, f"'Float model' of {name}")
         detector = detectors.setdefault(float_name, _detector(models[float_name], index))
         if float_name != name:
@@ -111,9 +111,9 @@ def select(
 def _read_models(index: Path) -> dict[str, dict[str, Any]]:
     """Entries of ``Models`` of the index and of the metafiles that it imports, by name."""
     content = _read_yaml(index)
-    entries = [*content.get("Models", [])]
-    for path in content.get("Import", []):
-        entries += _read_yaml(index.parent / path).get("Models", [])
+    entries = [*(content.get("Models") or [])]
+    for path in content.get("Import") or []:
+        entries += _read_yaml(index.parent / path).get("Models") or []
     if not entries:
         raise BadInputError(f"index {index} names no models")
     return {str(_entry(entry, "Name", index)): entry for entry in entries}
@@ -135,6 +135,21 @@ def _entry(entry: dict[str, Any], key: str, where: Any) -> Any:
     return entry[key]
 
 
+def _part(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part that an entry may lack; one without content is None in YAML."""
+    part = entry.get(key) or {}
+    if not isinstance(part, dict):
+        raise BadInputError(f"{entry['Name']}: {key!r} must hold keys and values, got {part!r}")
+    return part
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise BadInputError(f"{where}: {key!r} must be a number, got {value!r}") from error
+
+
 def _config(entry: dict[str, Any], index: Path) -> Path:
     path = index.parent / _entry(entry, "Config", index)
     if not path.is_file():
@@ -147,7 +162,7 @@ def _detector(entry: dict[str, Any], index: Path) -> Detector:
         name=entry["Name"],
         config=_config(entry, index),
         weights=_entry(entry, "Weights", index),
-        sha256=entry.get("Metadata", {}).get("Weights SHA256"),
+        sha256=_part(entry, "Metadata").get("Weights SHA256"),
         reference=_reference(entry),
     )
 
@@ -155,10 +170,10 @@ def _detector(entry: dict[str, Any], index: Path) -> Detector:
 def _reference(entry: dict[str, Any]) -> AP | None:
     """The AP on COCO that a metafile gives."""
     found = {}
-    for result in entry.get("Results", []):
+    for result in entry.get("Results") or []:
         task, dataset, metrics = (_entry(result, key, entry["Name"]) for key in ("Task", "Dataset", "Metrics"))
         if dataset == "COCO" and task in TASKS:
-            found[TASKS[task]] = float(_entry(metrics, TASKS[task], entry["Name"]))
+            found[TASKS[task]] = _number(_entry(metrics, TASKS[task], entry["Name"]), TASKS[task], entry["Name"])
     return AP(found.get("box AP"), found.get("mask AP")) if found else None
 
 

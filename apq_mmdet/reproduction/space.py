@@ -19,11 +19,11 @@ def shortage(costs: Sequence[Cost], work_dir: Path) -> str | None:
     if not costs:
         return None
     kept, temporary = sum(cost.kept_bytes for cost in costs), max(cost.temporary_bytes for cost in costs)
-    needs = {work_dir: kept + temporary, Path(tempfile.gettempdir()): max(cost.results_bytes for cost in costs)}
+    needs = [(work_dir, kept + temporary), (Path(tempfile.gettempdir()), max(cost.results_bytes for cost in costs))]
     by_disk: Counter[int] = Counter()
-    for folder, need in needs.items():
+    for folder, need in needs:
         by_disk[folder.stat().st_dev] += need
-    for folder in needs:
+    for folder, _ in needs:
         need, free = by_disk[folder.stat().st_dev], shutil.disk_usage(folder).free
         if free < need:
             return (

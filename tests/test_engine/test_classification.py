@@ -119,6 +119,17 @@ def test_published_checkpoints_load(tmp_path, name, wrap):
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize(("name", "changed"), [(VIT, dict(patch_size=16)), (SWIN, dict(window_size=2))], ids=str)
+def test_weights_of_other_sizes_are_resampled_only_where_that_is_meant(tmp_path, name, changed):
+    torch.save(state_of(name, **changed), tmp_path / "other.pth")
+    with pytest.raises(BadInputError, match=r"has other sizes of .*; if it is to be resampled"):
+        loads_into(name, tmp_path / "other.pth")
+    model = build_classifier(name, arguments(name))
+    load_weights(model, tmp_path / "other.pth", resample=True)
+    norm = "norm.weight"
+    assert torch.equal(model.state_dict()[norm], state_of(name, **changed)[norm])
+
+
 def test_safetensors_load(tmp_path):
     from safetensors.torch import save_file
 

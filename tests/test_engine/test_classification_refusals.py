@@ -92,6 +92,15 @@ def test_a_class_without_images(folders, classifiers, few, tmp_path, capsys):
     assert re.search("class folder .*circle holds no images", capsys.readouterr().err)
 
 
+def test_weights_of_another_patch_size(folders, tmp_path, capsys):
+    small = dict(embed_dim=12, depth=1, num_heads=2, num_classes=len(CLASSES))
+    torch.save(build_classifier(VIT, {**small, "patch_size": 32}).state_dict(), tmp_path / "patch32.pth")
+    line = [VIT, "--checkpoint", tmp_path / "patch32.pth", "--calib-dir", folders / "train", "--no-eval"]
+    line += ["--work-dir", tmp_path / "work", "--model-args", *(f"{key}={value}" for key, value in small.items())]
+    assert main(list(map(str, line))) == 2
+    assert "has other sizes of pos_embed, patch_embed.proj.weight" in capsys.readouterr().err
+
+
 def test_a_detector_is_no_classifier(tmp_path):
     torch.save({"meta": {"apq_mmdet": {"seed": 0}}, "state_dict": {}}, tmp_path / "quantized.pth")
     with pytest.raises(BadInputError, match="no quantized classifier"):

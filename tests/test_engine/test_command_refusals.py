@@ -157,6 +157,13 @@ def test_options_without_a_value(config, tmp_path, capsys, option):
     assert "--cfg-options: expected key=value, got 'noequals'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["a=[1,(2,3]", "a=(1,2"])
+def test_brackets_that_do_not_match(config, tmp_path, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        quantize(config, tmp_path, "--cfg-options", option)
+    assert "--cfg-options: Imbalanced brackets exist" in capsys.readouterr().err
+
+
 def test_another_recipe_keeps_bits_scope_and_overrides_of_the_config():
     cfg = Config.fromfile(ROOT / "configs/demo/mask-rcnn_swin-demo.py")
     mine = dict(mine=dict(pattern="*.fc_cls", float=True))

@@ -1,13 +1,16 @@
 import copy
 import importlib.util
+import math
 
 import pytest
 import torch
 from helpers import CHECKPOINT, ROOT, build_swin
+from mmengine.config import Config
 from torch import nn
 
 from apq_mmdet.calibration.transforms import NormRescaling
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import safe_load
 from apq_mmdet.models.stress import rescalings_by_name, stress, unevenness
 
 CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_swin-demo.py"
@@ -60,6 +63,9 @@ def test_bad_input():
         stress(nn.Linear(2, 2), lambda: None)
     with pytest.raises(BadInputError, match=r"peak at least 1, got 0\.5 and 0\.5"):
         stress(build_swin(), lambda: None, peak=0.5)
+    for wrong in (dict(spread=math.nan), dict(spread=math.inf), dict(peak=math.nan), dict(peak=math.inf)):
+        with pytest.raises(BadInputError, match="peak at least 1, got"):
+            stress(build_swin(), lambda: None, **wrong)
     assert any(isinstance(p, NormRescaling) for p in rescalings_by_name(build_swin()).values())
 
 
@@ -94,6 +100,28 @@ def test_tool_writes_a_checkpoint_like_the_one_it_read(tool, images, tmp_path, c
     key = "backbone.stages.0.blocks.0.norm1.weight"
     assert not torch.equal(after["state_dict"][key], before["state_dict"][key].float())
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_tool_keeps_the_classes_of_what_training_wrote(tool, images, tmp_path):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    meta = {**content["meta"], "cfg": Config(dict(a=1))}
+    torch.save({**content, "meta": meta}, tmp_path / "trained.pth")
+    out = tmp_path / "stressed.pth"
+    assert (
+        tool.main([str(CONFIG), str(tmp_path / "trained.pth"), str(out), "--calib-dir", images, "--num-images", "1"])
+        == 0
+    )
+    assert safe_load(out)["meta"] == content["meta"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [(["--spread", "nan"], "got nan and 40"), (["--peak", "0"], "got 0.5 and 0")], ids=str
+)
+def test_tool_refuses_before_the_work(tool, tmp_path, capsys, more, message):
+    assert tool.main([str(CONFIG), str(CHECKPOINT), str(tmp_path / "out.pth"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert tool.main([str(CONFIG), str(CHECKPOINT), str(tmp_path)]) == 2
+    assert "is a folder; name a file to write" in capsys.readouterr().err
 
 
 def test_tool_does_not_overwrite_what_it_reads(tool, tmp_path, capsys):

@@ -75,6 +75,12 @@ def test_download(server, tmp_path):
     assert [path.name for path in folder.iterdir()] == [NAME]
 
 
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInputError, match=r"--checkpoints .*file cannot be made"):
+        download(detector(), tmp_path / "file")
+
+
 def test_what_is_there_is_not_fetched(tmp_path):
     (tmp_path / NAME).write_bytes(b"mine")
     download(detector("http://127.0.0.1:9/" + NAME), tmp_path)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import replace
@@ -174,6 +175,14 @@ def test_a_disk_that_is_too_small(main, settings, monkeypatch, capsys):
     assert starts(settings) == [0, 0, 0]
     free(monkeypatch, 9.1)
     assert main() == 0
+
+
+def test_a_work_dir_that_is_the_temporary_folder_needs_room_for_both(main, settings, monkeypatch, capsys):
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(settings.work_dir))
+    free(monkeypatch, 8.9)
+    assert main() == 2
+    assert "what is to be made needs up to 9.00 GiB" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_between_rows(main, settings, monkeypatch, capsys):

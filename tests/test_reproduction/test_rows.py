@@ -65,6 +65,8 @@ def test_ap_on_other_data_is_no_reference(index):
         ({"Config": "absent.py"}, "config .*absent.py does not exist"),
         ({"Metadata": {"Float model": "absent"}}, "unknown value 'absent'"),
         ({"Metadata": {}}, "lacks 'Weights'"),
+        ({"Metadata": None}, "lacks 'Weights'"),
+        ({"Metadata": [1]}, r"'Metadata' must hold keys and values, got \[1\]"),
         ({"Metadata": {"Float model": "mask-rcnn_swin-t-p4-w7_fpn_drawn-3x_coco"}}, "lacks 'Weight bits'"),
     ],
 )
@@ -81,6 +83,26 @@ def test_broken_index(tmp_path, text, message):
     (tmp_path / "index.yml").write_text(text)
     with pytest.raises(BadInputError, match=message):
         select(tmp_path / "index.yml")
+
+
+@pytest.mark.parametrize("key", ["Models", "Import"])
+def test_a_part_without_content_names_no_models(tmp_path, key):
+    (tmp_path / "index.yml").write_text(f"{key}:\n")
+    with pytest.raises(BadInputError, match="names no models"):
+        select(tmp_path / "index.yml")
+
+
+def test_results_without_content_or_numbers(index):
+    metafile = index.with_name("metafile.yml")
+    text = yaml.safe_load(metafile.read_text())
+    text["Models"][0]["Results"] = None
+    metafile.write_text(yaml.safe_dump(text))
+    assert select(index).detectors[0].reference is None
+    result = dict(Task="Object Detection", Dataset="COCO", Metrics={"box AP": "n/a"})
+    text["Models"][0]["Results"] = [result]
+    metafile.write_text(yaml.safe_dump(text))
+    with pytest.raises(BadInputError, match="'box AP' must be a number, got 'n/a'"):
+        select(index)
 
 
 def test_missing_index(tmp_path):

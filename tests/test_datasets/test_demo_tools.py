@@ -1,0 +1,46 @@
+import importlib.util
+from pathlib import Path
+
+import cv2
+import pytest
+from helpers import ROOT
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch):
+    """Runs a tool of the demo with options; returns its exit code."""
+
+    def run(name: str, *options: object) -> int:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        monkeypatch.setattr("sys.argv", [name, *map(str, options)])
+        with pytest.raises(SystemExit) as ended:
+            tool.main()
+        return ended.value.code
+
+    return run
+
+
+def test_preview(call, tmp_path: Path) -> None:
+    assert call("make_demo_data", "--preview", tmp_path / "new" / "sheet.png", "--seed", 1) == 0
+    assert cv2.imread(str(tmp_path / "new" / "sheet.png")) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("make_demo_data", ["--preview", "sheet.png", "--seed", -1], "--seed must be from 0"),
+        ("make_demo_data", ["--preview", "sheet"], "sheet must end in a format of pictures"),
+        ("make_demo_data", ["--num-val", 0], "--num-val must be at least 1, got 0"),
+        ("demo", ["--num-calib", 0], "--num-calib: expected a whole number >= 1, got 0"),
+        ("demo", ["--work-dir", "other"], "holds something other than a demo set"),
+    ],
+)
+def test_bad_input(call, tmp_path: Path, monkeypatch, capsys, name: str, options: list[object], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    (tmp_path / "other" / "data" / "something").touch()
+    assert call(name, *options) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"other"}
