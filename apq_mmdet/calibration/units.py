@@ -70,7 +70,7 @@ class UnitCall:
         elements: number of output elements of the whole call without padding, also where only some units are held.
         separable: whether units can be judged apart.
         tokens: of a unit: those of a window; a patch or a RoI counts as one.
-        float_args: the float model's ``args``, where those are what quantized blocks give; else None.
+        float_inputs: (args, kwargs) of the float model, where the inputs are what quantized blocks give; else None.
     """
 
     args: tuple[Any, ...]
@@ -81,13 +81,16 @@ class UnitCall:
     image: int
     elements: int
     separable: bool
-    float_args: tuple[Any, ...] | None = None
+    float_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     tokens: int = 1
 
     @property
     def of_float(self) -> "UnitCall":
         """The same call with the inputs of the float model."""
-        return self if self.float_args is None else replace(self, args=self.float_args, float_args=None)
+        if self.float_inputs is None:
+            return self
+        args, kwargs = self.float_inputs
+        return replace(self, args=args, kwargs=kwargs, float_inputs=None)
 
     @property
     def signature(self) -> str:
@@ -132,20 +135,19 @@ class UnitCall:
 
     def tensors(self) -> list[Any]:
         """Everything that holds tensors, as a tree."""
-        floats = None if self.float_args is None else list(self.float_args)
-        return [list(self.args), self.kwargs, self.targets, self.grads, self.padding, floats]
+        return [self.args, self.kwargs, self.targets, self.grads, self.padding, self.float_inputs]
 
     def with_tensors(self, tree: list[Any]) -> "UnitCall":
         """The same call with other tensors, in the order of ``tensors``."""
         args, kwargs, targets, grads, padding, floats = tree
         return replace(
             self,
-            args=tuple(args),
+            args=args,
             kwargs=kwargs,
             targets=targets,
             grads=grads,
             padding=padding,
-            float_args=None if floats is None else tuple(floats),
+            float_inputs=floats,
         )
 
 
@@ -182,8 +184,7 @@ def to_units(block: nn.Module, call: BlockCall) -> UnitCall:
     if view is None:
         targets, grads = (_rows(whole, 1) for whole in (call.outputs, call.grads))
         padding = torch.zeros(1, dtype=torch.int64, device=targets.device)
-        floats = None if call.float_inputs is None else call.float_inputs[0]
-        elements = targets.numel()
+        elements, floats = targets.numel(), call.float_inputs
         return UnitCall(call.args, call.kwargs, targets, grads, padding, call.image, elements, False, floats)
     parts = view.parts(*call.args, **call.kwargs)
     number = next(len(t) for t in tree_flatten(parts.args)[0] if isinstance(t, Tensor))
@@ -192,7 +193,8 @@ def to_units(block: nn.Module, call: BlockCall) -> UnitCall:
     elements = targets.numel() - int(padding.sum())
     floats = None
     if call.float_inputs is not None:
-        floats = view.parts(*call.float_inputs[0], **call.float_inputs[1]).args
+        args, kwargs = call.float_inputs
+        floats = view.parts(*args, **kwargs).args, {}
     units = UnitCall(parts.args, {}, targets, grads, padding, call.image, elements, True, floats, parts.tokens)
     return units.by_importance()
 

@@ -333,7 +333,7 @@ def test_a_kept_state_of_another_model_is_refused():
         calibrate(quantized_swin(settings), IMAGES[:1], settings, states=states)
 
 
-def test_each_block_and_each_stage_of_it_draws_from_a_seed_of_its_own(monkeypatch):
+def test_a_stage_draws_from_the_seed_of_the_run_plus_those_of_block_and_stage(monkeypatch):
     drawn = []
 
     def note(module, calls, stage, seed, told):

@@ -272,3 +272,35 @@ def test_the_widest_level_of_an_image_counts():
     for name in ("percentile", "erq"):
         for found, widest in zip(observed[name], observed["minmax"], strict=True):
             assert 0.55 < found / widest <= 1.0  # the mean of the levels, clipped as much, is 0.4
+
+
+@pytest.mark.parametrize("name", ["erq", "apq_plus"])
+def test_blocks_make_up_for_quantized_inputs_that_come_by_keyword_too(monkeypatch, name):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    class Net(nn.Module):
+        def __init__(self, keyword):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.keyword = Layer(), Layer(), keyword
+
+        def forward(self, x):
+            for layer in (self.first, self.second):
+                x = (layer(x=x) if self.keyword else layer(x)).relu()
+            return x
+
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Layer])
+    settings = recipe(name, w_bits=3, a_bits=3, search=dict(block_input="quantized", grids=short_grids(3)))
+    inputs = [torch.randn(40, 16) for _ in range(2)]
+    nets = [Net(keyword) for keyword in (False, True)]
+    for net in nets:
+        quantize_model(net, settings.policy)
+        calibrate(net, inputs, settings)
+    positional, by_keyword = (net.second.linear.weight for net in nets)
+    assert torch.equal(positional, by_keyword)

@@ -37,8 +37,8 @@ def prepared(block, inputs, bits=None, formats=None, grads=None, floats=None):
         targets = output.flatten(1)
         grad = torch.randn_like(targets) if grads is None else grads[image].flatten(1)
         padding = torch.zeros(len(x), dtype=torch.int64)
-        float_args = None if floats is None else (floats[image],)
-        entries.append(UnitCall((x,), {}, targets, grad, padding, image, targets.numel(), True, float_args))
+        floating = None if floats is None else ((floats[image],), {})
+        entries.append(UnitCall((x,), {}, targets, grad, padding, image, targets.numel(), True, floating))
     return block, as_calls(entries)
 
 
