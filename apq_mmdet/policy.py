@@ -164,16 +164,16 @@ class Policy:
         check_bool(policy.get("output_compensation", False), f"{where}.output_compensation")
         return cls(**policy)
 
-    def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], str]:
-        """Spec of each quantized role of a layer, and the reason where the layer or a role stays float."""
+    def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], dict[str, str]]:
+        """Spec of each quantized role of a layer, and the reason of each role that stays float."""
         specs, _ = self._applied(name, kind, roles, {})
         return self._applied(name, kind, roles, {role: spec.bits for role, spec in specs.items()})
 
     def _applied(
         self, name: str, kind: str, roles: tuple[str, ...], bits: dict[str, int]
-    ) -> tuple[dict[str, QuantizerSpec], str]:
+    ) -> tuple[dict[str, QuantizerSpec], dict[str, str]]:
         """As ``scheme``, where ``bits`` tells those of roles to which rules with ``max_bits`` may apply."""
-        reason = ""
+        reasons: dict[str, str] = {}
         specs: dict[str, dict[str, Any] | None] = {
             role: {"bits": self.w_bits if role == "weight" else self.a_bits} for role in roles
         }
@@ -181,8 +181,9 @@ class Policy:
             for rule_name, rule in rules.items():
                 if not rule.matches(name, kind):
                     continue
+                reason = f"left float by {origin}.{rule_name}"
                 if rule.leave_float:
-                    specs, reason = dict.fromkeys(roles), f"left float by {origin}.{rule_name}"
+                    specs, reasons = dict.fromkeys(roles), dict.fromkeys(roles, reason)
                 if rule.bits is not None:
                     specs = {r: spec and {**spec, "bits": rule.bits} for r, spec in specs.items()}
                 for role in set(roles) & set(rule.roles):
@@ -190,11 +191,12 @@ class Policy:
                     if rule.max_bits is not None and bits.get(role, MAX_BITS + 1) > rule.max_bits:
                         continue
                     if change is None:
-                        specs[role], reason = None, f"left float by {origin}.{rule_name}"
+                        specs[role], reasons[role] = None, reason
                     else:
                         base = specs[role] or {"bits": self.w_bits if role == "weight" else self.a_bits}
                         specs[role] = {**base, **change}
-        return {role: QuantizerSpec(**spec) for role, spec in specs.items() if spec is not None}, reason
+        quantized = {role: QuantizerSpec(**spec) for role, spec in specs.items() if spec is not None}
+        return quantized, {role: reason for role, reason in reasons.items() if role not in quantized}
 
     def check_overrides(self, layers: list[tuple[str, str, tuple[str, ...]]]) -> None:
         """Raise BadInputError for an override that changes none of the (name, kind, roles) layers."""

@@ -43,6 +43,8 @@ from accuracy_plots import draw_plots
 from accuracy_report import box_and_mask, write_report
 
 from apq_mmdet.checks import check_choice
+from apq_mmdet.engine.block_states import FINISHED
+from apq_mmdet.engine.run_record import STATES
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_json
 
@@ -156,7 +158,9 @@ def command_line(spec: Spec, folder: Path, work_dir: Path, eval_float: bool) -> 
     line = [str(config(spec.detector)), str(checkpoint(spec.detector, spec.ground, work_dir))]
     line += ["--work-dir", str(folder), "--recipe", spec.recipe, "--scope", spec.scope]
     line += ["--w-bits", weight, "--a-bits", activation, "--num-calib", str(spec.num_calib)]
-    line += ["--seed", str(spec.seed), "--device", "cpu", "--resume"]
+    line += ["--seed", str(spec.seed), "--device", "cpu"]
+    # a finished run is made again from the start: its recipe may have changed since
+    line += [] if (folder / STATES / FINISHED).exists() else ["--resume"]
     line += ["--eval-float"] if eval_float else []
     options = dict(spec.options)
     if spec.num_val is not None:

@@ -42,7 +42,8 @@ def evaluate(config: str, checkpoint: str, data: Path, work_dir: Path) -> list[f
     cfg.test_dataloader.dataset.data_root = f"{data}/"
     cfg.test_evaluator.ann_file = str(data / "annotations" / "instances_val.json")
     metrics = Runner.from_cfg(cfg).test()
-    return [round(100 * metrics[f"coco/{kind}_mAP"], 1) for kind in ("bbox", "segm")]
+    # mmdet gives none of a run without a single detection
+    return [round(100 * metrics.get(f"coco/{kind}_mAP", 0.0), 1) for kind in ("bbox", "segm")]
 
 
 def read_results(out: Path, images: dict[str, int]) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def test_later_rules_win_and_roles_are_separate():
     assert (specs["weight"].bits, specs["weight"].granularity, specs["input"].bits) == (3, "channel", 8)
     specs, _ = policy.scheme("a.proj", "Linear", ("weight", "input"))
     assert (specs["weight"].bits, specs["input"].bits) == (4, 6)
-    specs, reason = policy.scheme("a.head", "Linear", ("weight", "input"))
+    specs, reasons = policy.scheme("a.head", "Linear", ("weight", "input"))
     assert specs == {}
-    assert reason == "left float by overrides.d"
+    assert reasons == dict.fromkeys(("weight", "input"), "left float by overrides.d")
 
 
 def test_a_rule_can_be_for_few_bits_only():
@@ -117,11 +117,18 @@ def test_few_bits_are_those_that_a_role_ends_with(a_bits, mine, symmetric):
 
 
 def test_one_role_can_stay_float():
-    specs, reason = Policy.from_dict(dict(overrides=dict(r=dict(pattern="fc", input=None)))).scheme(
+    specs, reasons = Policy.from_dict(dict(overrides=dict(r=dict(pattern="fc", input=None)))).scheme(
         "fc", "Linear", ("weight", "input")
     )
     assert list(specs) == ["weight"]
-    assert reason == "left float by overrides.r"
+    assert reasons == {"input": "left float by overrides.r"}
+
+
+def test_each_role_that_stays_float_names_its_own_rule():
+    overrides = dict(a=dict(weight=None), b=dict(input=None))
+    specs, reasons = Policy.from_dict(dict(overrides=overrides)).scheme("fc", "Linear", ("weight", "input"))
+    assert specs == {}
+    assert reasons == {"weight": "left float by overrides.a", "input": "left float by overrides.b"}
 
 
 @pytest.mark.parametrize("pattern", ["*.qvk", "*qvk", r"re:.*\.qvk$", "backbone.stages.1.attn.qvk"])

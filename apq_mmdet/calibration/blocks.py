@@ -69,7 +69,7 @@ class BlockCall:
         grads: importance of each output, mostly a gradient of the calibration loss (``importance.py``); same shapes.
             None where nothing asks for it.
         image: index of the image.
-        float_inputs: (args, kwargs) of the float model, where ``args`` and ``kwargs`` are what quantized blocks give; else None.
+        float_inputs: those of the float model, where ``args`` and ``kwargs`` are what quantized blocks give; else None.
     """
 
     args: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Objectives: how wrong an output is, as one number per image. Lower is better; all are sums over elements."""
+"""Objectives: how wrong a call's output is, as one number. Lower is better; all are sums over elements."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -16,7 +16,7 @@ CRITERIA = ("error", "gradient", "weighted")
 class Objective(ABC):
     """Error of an output against its float value.
 
-    Bottom elimination (APQ-ViT, reconstruction): of each image's elements the share ``eliminate`` that ranks lowest
+    Bottom elimination (APQ-ViT, reconstruction): of a call's elements the share ``eliminate`` that ranks lowest
     by ``eliminate_by`` is left out, so that the search spends its freedom on the errors that matter. Elements
     that tie with the threshold stay in.
 
@@ -42,8 +42,8 @@ class Objective(ABC):
     def __call__(self, error: Tensor, grad: Tensor | None, target: Tensor, dropped: int) -> Tensor:
         """Sum of the cost of all but the ``dropped`` elements of lowest rank, a float64 scalar.
 
-        Given some elements of an image alone, but the number dropped from all of them, the result is no more than that
-        of the whole image: the dropped elements are at worst all among those given.
+        Given some elements of a call alone, but the number dropped from all of them, the result is no more than that
+        of the whole call: the dropped elements are at worst all among those given.
 
         Args:
             error, grad, target: [units, elements]; the output is ``target + error``, and the error may be overwritten.

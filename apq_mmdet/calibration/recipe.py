@@ -52,7 +52,8 @@ class SearchConfig:
         windows: 0 for all; else blocks of windowed attention are judged on a crop of windows x windows per image.
         rows: 0 for all; else heads are judged on at most so many RoIs per image.
         tokens: 0 for all; else a call whose units (windows, patches, RoIs) do not see each other is represented by a
-            random sample of them, of at most so many tokens (a RoI counts as one), in all that is done to its block.
+            random sample of them, of at most so many tokens (a RoI counts as one), in search, compensation and
+            reconstruction.
     """
 
     metric: str = "block"

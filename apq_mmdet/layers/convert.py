@@ -211,12 +211,12 @@ def _training_only(model: nn.Module) -> set[nn.Module]:
 
 def _plan_layer(name: str, module: nn.Module, policy: Policy) -> _PlannedLayer:
     cls = LAYERS[type(module)]
-    specs, reason = policy.scheme(name, cls.kind, cls.roles)
+    specs, reasons = policy.scheme(name, cls.kind, cls.roles)
     quantizers = {r: build_quantizer(module, r, s, name) for r, s in specs.items()}
     rows = []
     for role in cls.roles:
         if role not in specs:
-            rows.append(_float_row(name, module, role, reason))
+            rows.append(_float_row(name, module, role, reasons[role]))
             continue
         spec, q = specs[role], quantizers[role]
         kind = f"{spec.format}, {'symmetric' if spec.symmetric else 'asymmetric'}"

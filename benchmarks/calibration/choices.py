@@ -14,9 +14,10 @@ from statistics import mean, median
 
 
 def factors(work_dir: Path) -> dict[str, float]:
-    """Range factors (and variants) that a run chose, by layer and role."""
+    """Range factors that a run chose, by layer and role; variants of formats, which are no factors, are left out."""
     blocks = json.loads((work_dir / "report.json").read_text())["blocks"]
-    return {f"{block['block']}.{name}": factor for block in blocks for name, factor in block["factors"].items()}
+    found = {f"{block['block']}.{name}": factor for block in blocks for name, factor in block["factors"].items()}
+    return {name: factor for name, factor in found.items() if not name.endswith(".variant")}
 
 
 def main() -> None:

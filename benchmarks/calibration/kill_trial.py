@@ -67,6 +67,10 @@ def run(line: list[str], kill_after: float | None) -> bool:
 def main() -> None:
     """One undisturbed run, then runs that are killed and resumed until the number of kills is reached."""
     args = parse_args()
+    if args.work_dir.exists() and not all(
+        path.name == "whole" or path.match("trial_*") for path in args.work_dir.iterdir()
+    ):
+        raise SystemExit(f"--work-dir {args.work_dir} holds something other than a trial; name another folder")
     shutil.rmtree(args.work_dir, ignore_errors=True)
     start = time.perf_counter()
     run(command(args.work_dir / "whole", args), None)

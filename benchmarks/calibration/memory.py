@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,21 @@ def run(args: argparse.Namespace, images: Path, recipe: str, number: int) -> dic
 def main() -> None:
     """The model alone, then every number of images."""
     args = parse_args()
-    pool = args.work_dir / "images"
-    pool.mkdir(parents=True, exist_ok=True)
-    for folder in args.images:
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="images_", dir=args.work_dir) as pool:
+        link_images(args.images, Path(pool))
+        measure(args, Path(pool))
+
+
+def link_images(folders: list[Path], pool: Path) -> None:
+    """Links to the images of all folders, in one folder."""
+    for number, folder in enumerate(folders):
         for image in folder.resolve().iterdir():
-            link = pool / f"{folder.name}_{image.name}"
-            if not link.exists():
-                link.symlink_to(image)
+            (pool / f"{number}_{image.name}").symlink_to(image)
+
+
+def measure(args: argparse.Namespace, pool: Path) -> None:
+    """Run and write."""
     rows = [run(args, pool, "minmax", args.num_calib[0])]
     for number in args.num_calib:
         rows.append(run(args, pool, args.recipe, number))
