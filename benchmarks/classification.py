@@ -3,6 +3,8 @@
     python benchmarks/classification.py                 # draws, trains, quantizes: what is done already is skipped
     python benchmarks/classification.py --recipes minmax --bits W4A4
 
+What is done is told by its files in --work-dir alone: where a recipe or --epochs changed since, name another one.
+
 The images are drawn: one shape of the demo set on noise, its place, size, angle and colours at random. The models are
 timm's own, made small by its arguments. Writes benchmarks/results/classification.json.
 """
