@@ -229,9 +229,9 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "49, a window": _changed(f"{_SEARCH}.tokens", 49, PLUS),
     },
     "learned codes of apq_plus": {
-        "straight through, 200 steps": TWO,
+        "straight through, 600 steps": TWO,
+        "200 steps": _changed("model.quant.reconstruction.iterations", 200, TWO),
         "400 steps": _changed("model.quant.reconstruction.iterations", 400, TWO),
-        "600 steps": _changed("model.quant.reconstruction.iterations", 600, TWO),
         "learning rate 0.02": _changed("model.quant.reconstruction.rounding_lr", 0.02, TWO),
         "none": _changed("model.quant.reconstruction", None, TWO),
         "softly, as AdaRound": replace(  # which starts at one end of the way between two codes and has far to go
