@@ -155,7 +155,7 @@ def cost(rows: Sequence[Row]) -> list[str]:
 
 
 def ablation_table(rows: Sequence[Row], num_val: int | None = None) -> str:
-    """Each single change beside the base; empty if nothing but the base was run."""
+    """Each single change beside its base, where something but the base was run; empty if nothing was."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         spec = Spec.from_row(row)
@@ -165,14 +165,15 @@ def ablation_table(rows: Sequence[Row], num_val: int | None = None) -> str:
     for varied, variants in ABLATIONS.items():
         base_spec = base_of(variants)
         base = found.get(_comparable(base_spec), [])
+        if not any(_comparable(spec) in found for spec in variants.values() if spec != base_spec):
+            continue
         for variant, spec in variants.items():
             same = found.get(_comparable(spec), [])
             if same:
                 name = f"{variant} (base)" if spec == base_spec else variant
                 lines.append([varied, name, box_and_mask(same), *differences(same, base), *cost(same)])
-    if all(line[1].endswith("(base)") for line in lines):
-        return ""
-    return markdown(["varied", "variant", "AP", "box - base", "mask - base", "calibration", "peak memory"], lines)
+    header = ["varied", "variant", "AP", "box - base", "mask - base", "calibration", "peak memory"]
+    return markdown(header, lines) if lines else ""
 
 
 def _comparable(spec: Spec) -> str:

@@ -75,7 +75,7 @@ def write_demo_set(out: Path, seed: int, num_train: int, num_val: int, workers: 
             _write_split(temporary, split, number, seed, workers)
         (temporary / STAMP).write_text(json.dumps(stamp))
         if out.exists():
-            out.rename(Path(folder) / "before")  # goes with the temporary folder
+            out.rename(Path(folder) / f"{out.name}.before")  # goes with the temporary folder
         temporary.rename(out)
     return True
 

@@ -105,8 +105,8 @@ def load_weights(model: nn.Module, path: str | Path, resample: bool = False) -> 
         resampled = [key for key, value in converted.items() if _is_resampled(shapes.get(key), value.shape)]
         if resampled and not resample:
             raise BadInputError(
-                f"{other} has other sizes of {listed(resampled)}; if it is to be resampled, say so with "
-                f"--model-args img_size=..."
+                f"{other} has other sizes of {listed(resampled)}; to resample it, name the model's own sizes, one of "
+                f"img_size, patch_size and window_size, with --model-args (resample=True from Python)"
             )
         found = model.load_state_dict(converted, strict=False)
     except BadInputError:

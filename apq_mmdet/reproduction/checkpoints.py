@@ -63,7 +63,7 @@ def download(detector: Detector, folder: Path) -> None:
     """Fetch a checkpoint that is not there; the file is whole and of the expected digest, or absent.
 
     Raises:
-        BadInputError: its address cannot be reached, or gives something else.
+        BadInputError: its address cannot be reached, or gives something else, or the folder cannot be made.
     """
     path = file_of(detector, folder)
     if path.is_file():

@@ -200,6 +200,13 @@ def test_first_val_images_hold_their_own_objects_only(tmp_path, monkeypatch):
     assert small["categories"] == annotations["categories"]
 
 
+def test_a_finished_run_is_made_again_from_the_start(tmp_path):
+    assert "--resume" in accuracy.command_line(spec(), tmp_path, tmp_path, eval_float=False)
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "finished").touch()
+    assert "--resume" not in accuracy.command_line(spec(), tmp_path, tmp_path, eval_float=False)
+
+
 def quant_of(wanted, folder):
     line = accuracy.command_line(wanted, folder, folder, eval_float=False)
     return command.build_config(command.build_parser().parse_args(line)).model.quant.to_dict()

@@ -56,6 +56,13 @@ def test_complete_set_is_left_alone_and_another_is_replaced(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
+@pytest.mark.parametrize("name", ["before", "set"])
+def test_a_set_of_any_name_is_replaced(tmp_path: Path, name: str) -> None:
+    for seed in (0, 1):
+        assert write_demo_set(tmp_path / name, seed, 1, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_foreign_folder_is_not_replaced(tmp_path: Path) -> None:
     """Neither a thesis nor COCO, whose folder looks much like that of a demo set."""
     (tmp_path / "annotations").mkdir()

@@ -122,7 +122,7 @@ def test_published_checkpoints_load(tmp_path, name, wrap):
 @pytest.mark.parametrize(("name", "changed"), [(VIT, dict(patch_size=16)), (SWIN, dict(window_size=2))], ids=str)
 def test_weights_of_other_sizes_are_resampled_only_where_that_is_meant(tmp_path, name, changed):
     torch.save(state_of(name, **changed), tmp_path / "other.pth")
-    with pytest.raises(BadInputError, match=r"has other sizes of .*; if it is to be resampled"):
+    with pytest.raises(BadInputError, match=r"has other sizes of .*; to resample it, name"):
         loads_into(name, tmp_path / "other.pth")
     model = build_classifier(name, arguments(name))
     load_weights(model, tmp_path / "other.pth", resample=True)
