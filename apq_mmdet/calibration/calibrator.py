@@ -135,7 +135,9 @@ def calibrate(
                 quantizer.use_observer(recipe.observer)
             float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
+            model.weights_changed_by_calibration = recipe.equalize > 0  # until both sides of a factor are changed
             _transform(blocks, store, recipe.equalize)
+            model.weights_changed_by_calibration = False
             _take_observed_ranges(model)
             reports: list[BlockReport] = []
             if recipe.search is not None:

@@ -215,11 +215,11 @@ def _watched(
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not output.requires_grad:
             output = output.requires_grad_()
-        inputs.append(args[0])
+        inputs.append(args[0].detach().clone())  # what follows may modify it in place, as it may the output
         outputs.append(output)
         if len(inputs) == runs and not torch.is_grad_enabled():
             raise SeenEnough
-        return output.clone()  # what follows may modify it in place
+        return output.clone()
 
     rows = None
     with contextlib.suppress(SeenEnough), layer.register_forward_hook(hook):
@@ -229,7 +229,7 @@ def _watched(
 
 def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: CompensationConfig) -> float:
     quantizer = layer.quantizers["weight"]
-    weight = layer.weight.flatten(1).double()  # [N, K]
+    weight = layer.weight.flatten(1).to(torch.float64, copy=True)  # [N, K]; the layer's own is written to below
     power = moments.quantized.diagonal().mean()
     moments = moments if layer.bias is None else moments.centered()
     if not moments.quantized.diagonal().mean() > LEAST_VARIATION * power:

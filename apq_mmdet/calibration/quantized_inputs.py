@@ -12,6 +12,7 @@ from apq_mmdet.calibration.blocks import SeenEnough
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.calibration.store import CaptureStore
+from apq_mmdet.errors import CalibrationError
 
 
 class QuantizedInputs:
@@ -37,14 +38,19 @@ class QuantizedInputs:
         self._finished: list[str] = []
 
     def capture(self, name: str) -> None:
-        """Exchange the stored float inputs of a block, all blocks before which are finished."""
+        """Exchange the stored float inputs of a block, all blocks before which are finished.
+
+        Raises:
+            CalibrationError: a block does not run as often as in the float pass.
+        """
         for image in own_images(len(self._samples)):
             number = self._store.number_of_calls(name, image)
-            inputs: list[tuple[tuple, dict]] = []
+            calls = iter(range(number))
 
-            def see(_: nn.Module, args: tuple, kwargs: dict, inputs: list = inputs, number: int = number) -> None:
-                inputs.append((args, kwargs))
-                if len(inputs) == number:  # as often as in the float pass
+            def see(_: nn.Module, args: tuple, kwargs: dict, image: int = image, calls: Iterator[int] = calls) -> None:
+                index = next(calls)
+                self._store.replace_input(name, image, index, args, kwargs)  # now: it may change before the next call
+                if index + 1 == self._store.number_of_calls(name, image):
                     raise SeenEnough
 
             if not number:
@@ -52,8 +58,9 @@ class QuantizedInputs:
             hook = self._blocks[name].register_forward_pre_hook(see, with_kwargs=True)
             with hook, self._replayed(image), contextlib.suppress(SeenEnough):
                 self._task.student(self._model, self._samples[image], self._store.get(("teacher", image))[1])
-            for index, (args, kwargs) in enumerate(inputs):
-                self._store.replace_input(name, image, index, args, kwargs)
+            left = len(list(calls))
+            if left:
+                raise _other_number(name, image, number, str(number - left))
 
     def finish(self, name: str) -> None:
         """Run a block, now quantized, on its stored inputs and keep its outputs."""
@@ -77,10 +84,22 @@ class QuantizedInputs:
                 del self._blocks[name].__dict__["forward"]
 
     def _replay(self, name: str, image: int) -> Any:
-        calls = iter(range(self._store.number_of_calls(name, image)))
+        number = self._store.number_of_calls(name, image)
+        calls = iter(range(number))
 
         def forward(*_: Any, **__: Any) -> Any:
-            output = self._store.get((name, image, next(calls), "quantized"))
+            index = next(calls, None)
+            if index is None:
+                raise _other_number(name, image, number, "more")
+            output = self._store.get((name, image, index, "quantized"))
             return tree_map_only(Tensor, torch.clone, output)  # what follows may modify it in place
 
         return forward
+
+
+def _other_number(name: str, image: int, before: int, now: str) -> CalibrationError:
+    return CalibrationError(
+        f"block {name!r} ran {before} times in the float pass of image {image}, but {now} times behind quantized "
+        f"blocks: there is no float output for each of its calls. Use a recipe with search.block_input='float', or "
+        f"leave the block float with an override"
+    )

@@ -166,7 +166,7 @@ def reconstruct(
             raise CalibrationError(_not_finite(module, f"the objective is {before} before any learning"))
         if before == 0:  # nothing can be better than an exact output
             return {"before": before, "after": before, "kept": False}
-        balance = torch.where(terms > 0, 1 / terms, 0) / len(terms)  # the loss starts at 1, whatever its weighting
+        balance = torch.where(terms > 0, 1 / terms, 0) / (terms > 0).sum()  # the loss starts at 1
         restore = _restorer(module)
         after = math.inf
         try:

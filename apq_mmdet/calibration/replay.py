@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from apq_mmdet.calibration.blocks import SeenEnough, hooked, tensors_of
 from apq_mmdet.calibration.distributed import gather
@@ -71,10 +72,11 @@ def layer_calls(
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         output = output.requires_grad_() if gradients and not output.requires_grad else output
-        seen.append((module, args, kwargs, output))
+        given = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+        seen.append((module, *given, output))
         if len(seen) == runs and not gradients:
             raise SeenEnough
-        return output.clone()  # what follows may modify it in place
+        return output.clone()  # what follows may modify it in place, as it may what the layer was given
 
     hooks = (layer.register_forward_hook(hook, with_kwargs=True) for layer in wanted)
     output = None
@@ -108,15 +110,17 @@ def _layer_call(
     image: int,
 ) -> UnitCall:
     """A layer's units are the entries of the first axis, for a Linear the tokens of all axes."""
-    inputs = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    one_image = layer.kind.startswith("Conv") and output.dim() == 3  # without an axis for more
+    inputs = args
     if layer.kind == "Linear":
         inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
         units = len(inputs[0])
     else:
-        units = len(output)
+        units = 1 if one_image else len(output)
     targets, grads = (None if t is None else t.reshape(units, -1) for t in (output, grad))
     padding = torch.zeros(units, dtype=torch.int64, device=output.device)
-    separable = not kwargs and all(isinstance(a, Tensor) and len(a) == units for a in inputs)
+    whole = one_image or bool(kwargs)
+    separable = not whole and all(isinstance(a, Tensor) and len(a) == units for a in inputs)
     call = UnitCall(inputs, kwargs, targets, grads, padding, image, targets.numel(), separable)
     return call.by_importance() if separable and grads is not None else call
 

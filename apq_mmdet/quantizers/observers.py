@@ -81,7 +81,7 @@ class PercentileObserver(Observer):
     negative). Per group that p wins whose ranges quantize the calls' own data with the least squared error, summed
     over the calls; of equal ones the smallest. (RepQ-ViT, ICCV 2023, picks p so on its one calibration batch.)
     Several calls of an image, such as those of a head that runs on each level of a pyramid, have the widest quantiles
-    of them.
+    of them. Where a value is NaN or infinite, so is the range NaN.
 
     An entry is float64 [3, P, G]: lows, highs and errors for each of the P tails.
     """
@@ -117,6 +117,9 @@ class PercentileObserver(Observer):
         lows, highs = -self._upper_quantiles(-x), self._upper_quantiles(x)  # [P, G]
         lowest = x.amin(1)
         lows = torch.where(lowest >= 0, lowest, lows)
+        # a quantile does not tell of a few values that are NaN or infinite
+        unfit = ~(lowest.isfinite() & x.amax(1).isfinite())
+        lows, highs = lows.masked_fill(unfit, math.nan), highs.masked_fill(unfit, math.nan)
         errors = [error(x, low, high) for low, high in zip(lows, highs, strict=True)]
         return torch.stack([lows.double(), highs.double(), torch.stack(errors).double()])
 
