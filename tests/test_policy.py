@@ -141,6 +141,12 @@ def test_override_that_matches_nothing_is_refused(pattern):
         policy.check_overrides([(name, "Linear", ("weight", "input")) for name in names])
 
 
+def test_a_regular_expression_matches_whole_names():
+    policy = Policy.from_dict(dict(overrides=dict(r=dict(pattern=r"re:blocks\.1", float=True))))
+    named = ("blocks.1", "blocks.10", "blocks.1.fc", "more.blocks.1")
+    assert [policy.scheme(name, "Linear", ("weight",))[0] == {} for name in named] == [True, False, False, False]
+
+
 def test_override_of_a_role_that_no_matched_layer_has_is_refused():
     policy = Policy.from_dict(dict(overrides=dict(r=dict(pattern="*.qkv", query=dict(bits=8)))))
     with pytest.raises(BadInputError, match=r"overrides\.r: .* has a role 'query'; they have input, weight"):

@@ -1,6 +1,6 @@
 from helpers import build_swin, recipe
 
-from apq_mmdet.layers import quantize_model
+from apq_mmdet.layers import LayerRow, quantize_model
 from apq_mmdet.report import render_table, summary_line
 
 
@@ -15,6 +15,21 @@ def test_table_names_every_row_and_counts():
     total = sum({row.layer: row.elements for row in rows}.values())
     assert lines[-1].startswith("11 layers quantized")
     assert f"{linear / total:.1%} of {total:,} weights" in lines[-1]
+
+
+def test_a_table_by_hand():
+    rows = [
+        LayerRow("fc", "Linear", "weight", 4, "affine, asymmetric", "channel", 8, 30, ""),
+        LayerRow("fc", "Linear", "input", 6, "affine, asymmetric", "tensor", 1, 30, ""),
+        LayerRow("norm", "LayerNorm", "-", None, "float32", "-", 0, 10, "LayerNorm has no quantized form"),
+    ]
+    _, _, *lines, totals = render_table(rows).splitlines()
+    assert [line.split() for line in lines] == [
+        ["fc", "Linear", "weight", "4", "affine,", "asymmetric", "channel", "(8)"],
+        ["fc", "Linear", "input", "6", "affine,", "asymmetric", "tensor"],
+        ["norm", "LayerNorm", "-", "32", "float32", "-", "LayerNorm", "has", "no", "quantized", "form"],
+    ]
+    assert totals == "1 layers quantized, 1 float; 75.0% of 40 weights in integers"
 
 
 def test_summary_is_one_line_with_ap_sizes_and_time():

@@ -86,8 +86,9 @@ def stress(
 
 
 def unevenness(size: Tensor) -> float:
-    """Largest over median."""
-    return float(size.max() / size.median())
+    """Largest over median of the channels that have an extent; NaN if none has."""
+    living = size[size > 0]
+    return float(living.max() / living.median()) if len(living) else math.nan
 
 
 def _spans(places: dict[str, Rescaling], run: Callable[[], None]) -> dict[str, list[tuple[str, Tensor]]]:
@@ -99,10 +100,12 @@ def _spans(places: dict[str, Rescaling], run: Callable[[], None]) -> dict[str, l
 
 def _with_outliers(size: Tensor, factors: Tensor, peak: float, generator: torch.Generator) -> Tensor:
     """Let a few channels become much larger than the median; the largest decides the ratio."""
-    number = max(1, round(OUTLIERS * len(size)))
+    living = size > 0  # a channel without extent stays so under any factor
+    if living.sum() < 2:
+        return factors
     chosen = torch.randperm(len(size), generator=generator)
-    chosen = chosen[size[chosen] > 0][:number]  # a channel without extent stays so under any factor
+    chosen = chosen[living[chosen]][: max(1, round(OUTLIERS * int(living.sum())))]
     draws = torch.rand(len(chosen), generator=generator, dtype=torch.float64)
     ratios = peak * torch.exp(-math.log(4) * draws)  # log-uniform in peak / 4..peak
-    median = (size * factors).index_fill(0, chosen, torch.inf).median()  # the outliers end up above it
+    median = (size * factors).index_fill(0, chosen, torch.inf)[living].median()  # the outliers end up above it
     return factors.index_copy(0, chosen, ratios * median / size[chosen])

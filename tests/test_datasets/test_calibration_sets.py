@@ -69,6 +69,12 @@ def test_transforms_are_mmdets_whatever_was_built_before(cfg, scope):
         assert len(calibration_from_config(cfg, 2, 0)) == 2
 
 
+def test_images_are_told_by_their_suffix_in_any_case(cfg, tmp_path):
+    for name in ("a.png", "B.JPG", "c.Jpeg", "notes.txt"):
+        (tmp_path / name).touch()
+    assert sorted(calibration_from_folder(cfg, str(tmp_path), 3, 0).ids) == ["B.JPG", "a.png", "c.Jpeg"]
+
+
 def test_an_image_of_which_the_pipeline_makes_nothing_is_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     images = CalibrationImages([(0, str(tmp_path / "empty.png"))], [dict(type="LoadImageFromFile", ignore_empty=True)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
+from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list, read_image
 from apq_mmdet.engine.classification import make_transform
 
 
@@ -25,6 +25,11 @@ def test_folders_are_read_as_torchvision_reads_them(tmp_path):
     assert own.classes == other.classes == ["B", "b10", "b9", "linked"]
     assert own.samples == other.samples
     assert own[0][0].size == (6, 4)
+
+
+def test_images_without_colour_are_read_as_red_green_and_blue(tmp_path):
+    Image.fromarray(np.uint8([[0, 70, 255]])).save(tmp_path / "grey.png")
+    assert np.asarray(read_image(tmp_path / "grey.png")).tolist() == [[[0] * 3, [70] * 3, [255] * 3]]
 
 
 def test_a_class_list_gives_the_order(tmp_path):

@@ -1,8 +1,12 @@
 """Drawn data sets of a few images, a config of the demo detector on one, and classifiers trained on the other."""
 
 import argparse
+import inspect
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +65,22 @@ def classifiers(folders) -> dict[str, Path]:
         paths[name] = folders / f"{name}.pth"
         torch.save({"state_dict": train(name, folders), "args": argparse.Namespace(lr=1e-3)}, paths[name])
     return paths
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch) -> Callable[[ModuleType, str], dict[str, Any]]:
+    """Lets a command be interrupted where it calls ``module.name``; what it calls that with is then in the dict."""
+
+    def at(module: ModuleType, name: str) -> dict[str, Any]:
+        signature, seen = inspect.signature(getattr(module, name)), {}
+
+        def interrupt(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            seen.update(bound.arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, name, interrupt)
+        return seen
+
+    return at

@@ -96,19 +96,35 @@ def test_a_run_that_is_killed_while_it_deletes_can_start_again(tmp_path, monkeyp
     assert names(tmp_path) == {".lock", "run.json"}
 
 
-def test_what_a_calibration_depends_on(tmp_path):
-    """Another byte of an image, another device or number of threads are other conditions."""
-    image = tmp_path / "image.png"
-    image.write_bytes(b"pixels")
-    seen = [calibration_conditions([image], "cpu")]
-    assert seen[0] == calibration_conditions([image], "cpu")
-    image.write_bytes(b"pixelz")
-    seen.append(calibration_conditions([image], "cpu"))
-    seen.append(calibration_conditions([image], "cuda"))
+def test_what_a_calibration_depends_on(tmp_path, monkeypatch):
+    """Another byte of any image, another device, number of threads or version of torch are other conditions."""
+    images = [tmp_path / "first.png", tmp_path / "last.png"]
+    for image in images:
+        image.write_bytes(b"pixels")
+    seen = [calibration_conditions(images, "cpu")]
+    assert seen[0] == calibration_conditions(images, "cpu")
+    for image in images:
+        image.write_bytes(b"pixelz")
+        seen.append(calibration_conditions(images, "cpu"))
+    seen.append(calibration_conditions(images, "cuda"))
     torch.set_num_threads(2)
-    seen.append(calibration_conditions([image], "cuda"))
-    changed = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(seen)]
-    assert changed == [{"calibration_images_sha256"}, {"device"}, {"threads"}]
+    seen.append(calibration_conditions(images, "cuda"))
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    seen.append(calibration_conditions(images, "cuda"))
+    changed = [{key for key in a if a[key] != b.get(key)} for a, b in itertools.pairwise(seen)]
+    assert changed == [*2 * [{"calibration_images_sha256"}], {"device"}, {"threads"}, {"torch"}]
+
+
+def test_a_block_that_cannot_be_saved_leaves_what_was_kept(tmp_path, monkeypatch):
+    states = with_a_block(tmp_path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        states.save("stages.0", {"seconds": 2.0})
+    assert states.load("stages.0") == {"seconds": 1.0}
 
 
 def test_blocks_of_another_format_are_not_resumed(tmp_path, monkeypatch):

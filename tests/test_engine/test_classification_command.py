@@ -147,3 +147,11 @@ def test_folders_of_some_of_the_classes(folders, classifiers, tmp_path):
     more = ["--val-dir", tmp_path / "val", "--class-list", tmp_path / "classes.txt"]
     assert main(options(folders, classifiers, tmp_path / "work", *more)) == 0
     assert json.loads((tmp_path / "work" / "report.json").read_text())["metrics"]["quantized"]["top1"] > 50
+
+
+def test_a_finished_run_may_be_repeated(folders, classifiers, tmp_path):
+    run = made(folders, classifiers, tmp_path, "--no-eval")
+    run.states.save("patch_embed", {})  # min-max keeps none of its own
+    run.run()
+    again = made(folders, classifiers, tmp_path, "--no-eval")  # else it would have to be resumed or deleted
+    assert again.states.load("patch_embed") is None

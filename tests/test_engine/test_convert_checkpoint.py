@@ -205,10 +205,10 @@ def test_class_names_are_coco_s_only_for_80_classes():
     assert named.meta["dataset_meta"] == {"classes": ("x",) * 80}
     colourless = convert({"state_dict": state, "meta": {"CLASSES": ["x"] * 80, "PALETTE": [None]}}, "a.pth")
     assert colourless.meta["dataset_meta"] == {"classes": ("x",) * 80}
-    for stage in range(3):
+    for stage in range(3):  # all of them have to say so
         state[f"roi_head.bbox_head.{stage}.fc_cls.bias"] = torch.zeros(80)
-    other = convert({"state_dict": state}, "a.pth")
-    assert "dataset_meta" not in other.meta
+        other = convert({"state_dict": state}, "a.pth")
+        assert "dataset_meta" not in other.meta
     assert "class names: unknown" in other.summary()
 
 

@@ -8,7 +8,16 @@ from torch import nn
 from apq_mmdet.calibration import FeatureTask, calibrate
 from apq_mmdet.engine import command
 from apq_mmdet.engine.counting import suffix_operations
-from apq_mmdet.engine.plan import make_plan, render_plan, weight_sizes
+from apq_mmdet.engine.plan import (
+    Sizes,
+    _bytes,
+    _number,
+    _seconds_text,
+    _size_lines,
+    make_plan,
+    render_plan,
+    weight_sizes,
+)
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import packed_state_dict, quantize_model
 from apq_mmdet.quantizers import QuantizerMode
@@ -206,6 +215,21 @@ def test_sizes_are_those_of_the_checkpoint(swin_images):
     assert sizes.state_packed == sum(value.nbytes for value in packed.values())
     weights = {k: v for k, v in packed.items() if k.endswith("weight_codes") or ".quantizers.weight." in k}
     assert sizes.weights_packed == sum(value.nbytes for value in weights.values())
+
+
+def test_numbers_as_they_are_read():
+    seconds = {0.25: "0.25 s", 119: "119 s", 600: "10 min", 7000: "117 min", 7200: "2 h", 864_000: "10.0 days"}
+    assert {value: _seconds_text(value) for value in seconds} == seconds
+    sizes = {1000: "1000 B", 1023: "1023 B", 1536: "1.5 KiB", 3 * 2**20: "3.0 MiB", 5 * 2**30: "5.0 GiB"}
+    assert {value: _bytes(value) for value in sizes} == sizes
+    numbers = {7: "7", 999: "999", 1000: "1 k", 12_340: "12.3 k", 12.34e9: "12.3 G"}
+    assert {value: _number(value) for value in numbers} == numbers
+
+
+def test_sizes_are_told_before_and_after():
+    weights, whole = _size_lines(Sizes(4 * 2**10, 2**10, 3 * 2**20, 2 * 2**20))
+    assert "4.0 KiB -> 1.0 KiB (4.0 times smaller)" in weights
+    assert "3.0 MiB -> 2.0 MiB (1.5 times smaller)" in whole
 
 
 def test_the_model_is_left_as_it_was(swin_images):

@@ -112,6 +112,31 @@ def test_evaluation_keeps_its_precision_and_determinism(tmp_path):
     assert standalone_config(Config.fromfile(FLOAT), []).test_cfg == dict(type="TestLoop")
 
 
+def test_a_run_starts_from_its_float_checkpoint_alone(tmp_path):
+    config = tmp_path / "trained.py"
+    config.write_text(f"_base_ = '{FLOAT}'\nload_from = 'pretrained.pth'\nresume = True\n")
+    args = command.build_parser().parse_args([str(config), "float.pth", "--work-dir", str(tmp_path)])
+    made = command.build_config(args)
+    assert (made.load_from, made.resume) == (None, False)
+    assert made.test_cfg.checkpoint == "float.pth"
+
+
+def test_nothing_that_was_for_the_run_alone_stays_in_the_config_that_it_leaves():
+    cfg = quantized_config(Config.fromfile(FLOAT), "minmax", {})
+    wrapper = dict(type="MMDistributedDataParallel", device_ids=None)
+    run = dict(load_from="a.pth", resume=True, launcher="slurm", work_dir="there", model_wrapper_cfg=wrapper)
+    cfg.merge_from_dict(run)
+    made = standalone_config(cfg, [])
+    assert (made.load_from, made.resume, made.launcher) == (None, False, "none")
+    assert not {"work_dir", "model_wrapper_cfg"} & set(made)
+
+
+def test_numbers_that_an_evaluation_asks_for_stay_its_own():
+    metric = dict(type="CocoMetric", metric=["bbox"], metric_items=["mAP"])
+    made = quantized_config(Config(dict(model=dict(type="MaskRCNN"), test_evaluator=metric)), "minmax", {})
+    assert made.test_evaluator.metric_items == ["mAP"]
+
+
 def test_layers_without_data_are_written_down_beside_those_of_before():
     cfg = quantized_config(Config.fromfile(FLOAT), "minmax", {})
     once = standalone_config(cfg, ["a", "b"])
@@ -134,6 +159,12 @@ def test_imports_that_may_fail_still_may():
     cfg.custom_imports = dict(imports=["not_there"], allow_failed_imports=True)
     written = standalone_config(cfg, []).custom_imports
     assert written == dict(imports=["not_there", "apq_mmdet"], allow_failed_imports=True)
+
+
+def test_a_single_import_can_be_given_as_text():
+    cfg = Config.fromfile(FLOAT)
+    cfg.custom_imports = dict(imports="mine")
+    assert standalone_config(cfg, []).custom_imports == dict(imports=["mine", "apq_mmdet"])
 
 
 def test_detectors_that_are_registered_later_have_a_quantized_variant():

@@ -95,6 +95,17 @@ def test_versions_of_modules_come_along(wrapped, tmp_path):
     assert model.own.weight.tolist() == [0, 1, 2, 3]
 
 
+def test_checkpoints_may_lack_what_batch_norms_count(tmp_path):
+    """As those of torch before 0.4.1 do."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert len(state) == 4
+    state["0.weight"] = torch.tensor([1.0, 2.0, 3.0])
+    torch.save({"state_dict": state}, tmp_path / "old.pth")
+    load_float_weights(model, str(tmp_path / "old.pth"))
+    assert model[0].weight.tolist() == [1, 2, 3]
+
+
 def test_tensors_of_several_names_are_saved_once(tmp_path):
     class Levels(nn.Module):
         def __init__(self):

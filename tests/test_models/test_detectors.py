@@ -179,6 +179,14 @@ def test_heads_that_need_more_are_left_out_of_the_loss(name, task):
         found.teacher(model, sample())
 
 
+def test_gradients_can_be_taken_where_a_config_saves_memory_in_training():
+    cfg = demo("mask-rcnn")
+    cfg.model.backbone.with_cp = True
+    switches = [part.with_cp for part in MODELS.build(cfg.model).modules() if hasattr(part, "with_cp")]
+    assert switches
+    assert not any(switches)
+
+
 def test_a_quantized_detector_can_be_pickled():
     model = build(demo("mask-rcnn"))
     again = pickle.loads(pickle.dumps(model))

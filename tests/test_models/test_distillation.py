@@ -1,15 +1,19 @@
 """The losses of detectors with RPN and RoI heads, and what the float model chooses, against plain loops and mmdet."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import ROOT
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi
 from mmengine.config import Config
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models.distillation import (
     CONFIDENT,
+    MAX_MASKS,
     FixedRois,
     NeckTask,
     TwoStageTask,
@@ -127,3 +131,43 @@ def test_a_semantic_head_beside_the_others_is_not_run():
     model = sigmoid_roi_head()
     model.semantic_head = torch.nn.Identity()
     assert isinstance(detection_task(model), NeckTask)
+
+
+@pytest.fixture
+def judged():
+    """A detector that detects nothing, and the scores by which it has been asked to."""
+    scores = []
+
+    def predict(*, cls_scores, **_):
+        scores.extend(cls_scores)
+        return [[]]
+
+    bbox_head = SimpleNamespace(predict_by_feat=predict, custom_cls_channels=False)
+    head = SimpleNamespace(with_mask=True, bbox_head=bbox_head)
+    return SimpleNamespace(roi_head=head, test_cfg=SimpleNamespace(rcnn=None)), scores
+
+
+def test_masks_are_judged_on_the_best_proposals_where_nothing_is_detected(judged):
+    boxes = torch.rand(MAX_MASKS + 8, 5)
+    logits = torch.zeros(len(boxes), CLASSES + 1)
+    logits[:, 1] = torch.linspace(0.1, 4.0, len(boxes))  # the later, the more of class 1
+    rois, labels = TwoStageTask()._mask_rois(judged[0], [boxes], [(logits, None)], {})
+    assert torch.equal(rois, boxes.flip(0)[:MAX_MASKS])
+    assert labels.tolist() == [1] * MAX_MASKS
+
+
+def test_boxes_for_masks_have_the_mean_score_of_all_stages(judged):
+    model, scores = judged
+    stages = [(torch.full((4, CLASSES + 1), score), None) for score in (1.0, 2.0, 6.0)]
+    TwoStageTask()._mask_rois(model, [torch.rand(4, 5)], stages, {})
+    assert len(scores) == 1
+    assert torch.equal(scores[0], torch.full((4, CLASSES + 1), 3.0))
+
+
+def test_the_float_models_rois_say_whether_classes_are_scored_alone():
+    model = sigmoid_roi_head().eval()
+    meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0), img_id=0)
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        rois = TwoStageTask().teacher(model, dict(inputs=image, data_samples=DetDataSample(metainfo=meta)))[1]
+    assert rois.sigmoid

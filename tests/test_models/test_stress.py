@@ -11,7 +11,7 @@ from torch import nn
 from apq_mmdet.calibration.transforms import NormRescaling
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import safe_load
-from apq_mmdet.models.stress import rescalings_by_name, stress, unevenness
+from apq_mmdet.models.stress import _with_outliers, rescalings_by_name, stress, unevenness
 
 CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_swin-demo.py"
 
@@ -56,6 +56,21 @@ def test_seeds_and_settings_matter():
 
 def test_unevenness_by_hand():
     assert unevenness(torch.tensor([2.0, 1.0, 8.0])) == 4.0
+
+
+def test_channels_without_extent_are_no_outliers():
+    for dead in (3, 6):
+        size = torch.ones(8, dtype=torch.float64)
+        size[:dead] = 0
+        for seed in range(5):
+            factors = _with_outliers(size, torch.ones_like(size), 40.0, torch.Generator().manual_seed(seed))
+            assert factors[:dead].tolist() == [1.0] * dead
+            assert 10 <= float(factors.max()) <= 40
+            assert unevenness(size * factors) == float(factors.max())
+    lone = torch.tensor([0.0, 0.0, 3.0])
+    assert _with_outliers(lone, torch.ones(3), 40.0, torch.Generator()).tolist() == [1.0] * 3
+    assert unevenness(lone) == 1.0
+    assert math.isnan(unevenness(torch.zeros(3)))
 
 
 def test_bad_input():

@@ -176,6 +176,21 @@ def test_pyramid():
         assert torch.equal(maps[4], maps[3][:, :, ::2, ::2])
 
 
+def test_the_finest_map_of_a_pyramid():
+    """Small values, of which a norm's eps is a part that counts."""
+    neck, x = SimpleFeaturePyramid(16, 8), 1e-3 * torch.randn(1, 16, 3, 4)
+    first, norm, _, last = neck.resizers[0]
+    with torch.no_grad():
+        first.bias.zero_()
+        y = F.conv_transpose2d(x, first.weight, stride=2)
+        mean, variance = y.mean(1, keepdim=True), y.var(1, keepdim=True, unbiased=False)
+        y = (y - mean) / (variance + 1e-6).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+        y = y * (1 + torch.erf(y / 2**0.5)) / 2
+        want = F.conv_transpose2d(y, last.weight, last.bias, stride=2)
+        assert torch.allclose(neck.resizers[0](x), want, atol=1e-6)
+    assert {part.eps for part in neck.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-6}
+
+
 def layer_norm(x, norm):
     mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
     return (x - mean) / (variance + norm.eps).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)

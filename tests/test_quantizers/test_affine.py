@@ -120,3 +120,20 @@ def test_copies_and_inference_buffers_use_their_own_parameters():
         for zero_point in (8, 0):
             made_here.set_parameters(torch.tensor([0.3]), torch.tensor([zero_point]))
             assert torch.equal(made_here(x), made_here.decode(made_here.encode(x)))
+
+
+def test_copies_start_without_what_a_search_holds_on_to():
+    quantizer = AffineQuantizer(4)
+    quantizer.set_parameters(torch.tensor([1.0]), torch.tensor([0]))
+    quantizer.fixed = torch.full((3,), 9.0)
+    x = torch.tensor([0.2, 1.2, 2.2])
+    assert copy.deepcopy(quantizer)(x).tolist() == [0.0, 1.0, 2.0]
+    assert quantizer(x) is quantizer.fixed
+
+
+def test_modes_end_with_their_context_whatever_happens_in_it():
+    quantizers = [AffineQuantizer(4), AffineQuantizer(4)]
+    quantizers[1].mode = QuantizerMode.CODES
+    with pytest.raises(KeyError), quantizer_mode(quantizers, QuantizerMode.FLOAT):
+        raise KeyError
+    assert [quantizer.mode for quantizer in quantizers] == [QuantizerMode.QUANTIZE, QuantizerMode.CODES]

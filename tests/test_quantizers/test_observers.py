@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 
+from apq_mmdet.errors import CalibrationError
 from apq_mmdet.quantizers import AffineQuantizer, PercentileObserver
 
 
@@ -69,6 +70,28 @@ def test_the_error_is_that_of_the_format_itself():
     assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
 
 
+def test_the_error_of_a_symmetric_format_is_that_of_its_own_codes():
+    quantizer = AffineQuantizer(2, symmetric=True)  # steps of 1 from -2 to 1
+    error = quantizer.range_error(torch.tensor([[-1.0, 1.0, 0.4]]), torch.tensor([-1.0]), torch.tensor([1.0]))
+    assert error.tolist() == pytest.approx([0.16])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("n", [1000, 5000, 300_000])
+@pytest.mark.parametrize("kind", ["minmax", "percentile"])
+def test_values_that_are_no_numbers_are_refused(kind, n, value):
+    """One is enough, in one of two groups, in one of two images."""
+    quantizer = AffineQuantizer(4, axis=0, groups=2)
+    quantizer.use_observer(kind)
+    images = [torch.linspace(-1, 1, n).repeat(2, 1) for _ in range(2)]
+    images[0][1, n // 3] = value
+    for image in images:
+        quantizer.observe(image)
+        quantizer.observer.end_image()
+    with pytest.raises(CalibrationError, match="NaN or infinite values were observed"):
+        quantizer.set_range_factor(1.0)
+
+
 @pytest.mark.parametrize("kind", ["minmax", "percentile"])
 def test_entries_of_several_processes_in_any_order(kind):
     calls = [torch.randn(2, 500) * 10 ** random.Random(i).uniform(-3, 3) for i in range(9)]
@@ -96,6 +119,15 @@ def test_calls_of_one_image_have_their_widest_quantiles():
             observer.end_image()
     assert len(several.entries) == 2
     assert all(torch.equal(a, b) for a, b in zip(one.range(), several.range(), strict=True))
+
+
+def test_errors_of_all_calls_of_an_image_count():
+    """The middle tail has the least error in all, though in neither call."""
+    observer, errors = PercentileObserver(), iter((1.0, 4.0, 9.0, 8.0, 3.0, 0.0))
+    for _ in range(2):
+        observer.observe(torch.arange(1001.0)[None], lambda *_: torch.tensor([next(errors)]))
+    observer.end_image()
+    assert observer.range()[1].tolist() == pytest.approx([999.9])  # of errors 9, 7 and 9
 
 
 def test_loaded_entries_are_of_images_that_have_ended():

@@ -1,0 +1,77 @@
+"""``quantize_detector``: what reaches the calibration, and what stays of it. What comes of it: test_docs."""
+
+import inspect
+from typing import Any
+
+import pytest
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from apq_mmdet.calibration.calibrator import CalibrationReport
+from apq_mmdet.engine import detector, quantize_detector
+from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers import quantized_layers
+
+register_all_modules()
+FCOS = dict(
+    type="FCOS",
+    backbone=dict(
+        type="SwinTransformer",
+        embed_dims=8,
+        depths=(1, 1),
+        num_heads=(1, 2),
+        strides=(4, 2),
+        out_indices=(0, 1),
+        with_cp=True,
+    ),
+    neck=dict(type="FPN", in_channels=[8, 16], out_channels=8, num_outs=2),
+    bbox_head=dict(type="FCOSHead", num_classes=2, in_channels=8, feat_channels=8, strides=[4, 8], norm_cfg=None),
+)
+IMAGES = [dict(inputs=None, data_samples=None)]  # nothing runs on them
+UNSEEN = "backbone.stages.1.blocks.0.ffn.layers.1"
+
+
+@pytest.fixture
+def model():
+    built = MODELS.build(FCOS)
+    built.cfg = Config(dict(model=FCOS))
+    return built
+
+
+@pytest.fixture
+def handed(monkeypatch) -> dict[str, Any]:
+    """What the calibration is called with, which is left out and tells of one layer without data."""
+    signature, seen = inspect.signature(detector.calibrate), {}
+
+    def note(*args, **kwargs):
+        seen.update(signature.bind(*args, **kwargs).arguments)
+        return CalibrationReport([], [UNSEEN], 0.0)
+
+    monkeypatch.setattr(detector, "calibrate", note)
+    return seen
+
+
+def test_the_seed_that_is_given_is_the_calibrations(model, handed):
+    quantize_detector(model, IMAGES, "minmax", seed=7)
+    assert handed["seed"] == 7
+
+
+def test_gradients_can_be_taken_in_a_detector_that_saves_memory_in_training(model, handed):
+    switches = [part for part in model.modules() if getattr(part, "with_cp", False)]
+    assert switches
+    quantize_detector(model, IMAGES, "minmax")
+    assert not any(part.with_cp for part in switches)
+
+
+def test_layers_without_data_are_float_in_the_config_too(model, handed):
+    quantize_detector(model, IMAGES, "minmax")
+    rules = model.cfg.model.quant.overrides.values()
+    assert [(rule.pattern, rule.float) for rule in rules] == [(UNSEEN, True)]
+
+
+def test_heads_that_no_task_runs_are_refused_in_scope_detector(model, handed):
+    with pytest.raises(BadInputError, match=r"not those of this FCOS \(FCOSHead\); use scope 'backbone'"):
+        quantize_detector(model, IMAGES, "minmax", scope="detector")
+    assert not handed
+    assert not list(quantized_layers(model))
