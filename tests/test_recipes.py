@@ -262,6 +262,17 @@ def test_objectives_of_single_blocks():
         assert search.for_block(name).objective == dict(type="hessian")
 
 
+def test_the_last_of_the_objectives_that_speak_of_a_block_is_its_own():
+    rules = dict(
+        all=dict(pattern="*", type="cosine"),
+        heads=dict(pattern="*head", type="mse"),
+        rpn=dict(pattern="rpn_*", type="hessian"),
+    )
+    search = recipe("apq_plus", search=dict(objectives=rules)).search
+    kinds = {name: search.for_block(name).objective["type"] for name in ("neck", "bbox_head", "rpn_head")}
+    assert kinds == {"neck": "cosine", "bbox_head": "mse", "rpn_head": "hessian"}
+
+
 def test_a_block_is_searched_by_its_own_objective(monkeypatch):
     kinds = []
 

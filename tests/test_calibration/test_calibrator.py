@@ -373,3 +373,22 @@ def test_the_seed_chooses_the_windows_of_a_sample():
         report = calibrate(quantized_swin(settings), [image], settings, seed=seed)
         factors.append([block.factors for block in report.blocks])
     assert factors[0] == factors[1] != factors[2]
+
+
+def test_what_the_first_process_has_kept_counts(monkeypatch):
+    settings, states, found = fast(), States(), []
+    first = iter("01")
+
+    def gather(value):
+        return [value] if value is not None else [states.load(next(first)), None]
+
+    for kept in (states, States()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        quantize_model(model, settings.policy)
+        report = calibrate(model, [torch.randn(9, 4)], settings, states=kept)
+        found.append(([block.resumed for block in report.blocks], packed_state_dict(model)))
+        monkeypatch.setattr(calibrator, "gather", gather)
+    (resumed, whole), (resumed_again, again) = found
+    assert (resumed, resumed_again) == ([False] * 2, [True] * 2)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)

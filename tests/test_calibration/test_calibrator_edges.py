@@ -143,6 +143,46 @@ def test_weights_that_a_calibration_changed_are_not_taken_for_float(error, monke
         calibrate(model, [torch.randn(9, 4)], settings)
 
 
+@pytest.mark.parametrize(
+    ("where", "refused"),
+    [
+        ("transforms.QueryKeyRescaling.divide", True),  # its norm has been divided already
+        ("calibrator.capture_gradients", False),
+        ("calibrator.search_block", False),
+    ],
+)
+def test_a_half_equalized_model_is_not_calibrated_again(where, refused, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    settings = recipe("apq", search=dict(grids=short_grids(2), rounds=1), equalize=1.0)
+    model = build_swin(depth=1)
+    quantize_model(model, settings.policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"apq_mmdet.calibration.{where}", fail)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, IMAGES[:1], settings)
+    with pytest.raises(BadInputError, match="has changed its weights") if refused else nullcontext():
+        calibrate(model, IMAGES[:1], settings)
+
+
+class Broken(FeatureTask):
+    """Is broken off at the gradients."""
+
+    def loss(self, student, teacher, context):
+        raise KeyboardInterrupt
+
+
+def test_training_mode_and_gradients_are_restored_where_it_is_broken_off():
+    model, settings = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), recipe("apq", search=dict(grids=short_grids(2)))
+    quantize_model(model, settings.policy)
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, [torch.randn(9, 4)], settings, Broken())
+    assert all(module.training for module in model.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.bias"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_half_precision_are_refused(dtype):
     with pytest.raises(BadInputError, match=rf"layer '0' has weights of {dtype}: calibrate in float32"):
@@ -181,10 +221,23 @@ class InPlace(nn.Module):
         return self.layer(self.act(x))
 
 
+class ByKeyword(nn.Module):
+    """A model that gives its block what it is given, by name."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x=x)
+
+
 def test_a_block_that_changes_its_input_is_refused(monkeypatch):
     monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [*BLOCK_CLASSES, InPlace])
     with pytest.raises(CalibrationError, match=r"block '0' changes its input in place.*inplace=False"):
         calibrated(nn.Sequential(InPlace()), "apq", [torch.randn(9, 4)])
+    with pytest.raises(CalibrationError, match=r"block 'block' changes its input in place.*inplace=False"):
+        calibrated(ByKeyword(InPlace()), "apq", [torch.randn(9, 4)])
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))  # changes what a block gave
     calibrated(model, "apq", [torch.randn(9, 4)])
 
@@ -221,6 +274,20 @@ def test_a_block_may_return_whole_numbers_and_a_convolution_take_one_image(monke
     quantize_model(model, settings.policy)
     calibrate(model, [torch.randn(2, 9, 8) for _ in range(2)], settings, First())
     assert all(quantizer.calibrated for quantizer in quantizers_of(model))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_convolution_of_one_image_is_searched_as_a_batch_of_one(images):
+    """Also where it gives as many channels as it takes."""
+    objective = dict(metric="module", objective=dict(type="hessian"))
+    settings = recipe("apq", search=dict(grids=short_grids(5), rounds=1, **objective))
+    inputs, factors = [torch.randn(4, 9, 8) for _ in range(images)], []
+    for samples in (inputs, [x[None] for x in inputs]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 4, 3))
+        quantize_model(model, settings.policy)
+        factors.append(calibrate(model, samples, settings).blocks[0].factors)
+    assert factors[0] == factors[1]
 
 
 class Resized(nn.Module):

@@ -126,7 +126,7 @@ def test_ranges_are_the_best_of_their_group(granularity):
         rows = torch.cat([layer.quantizers["input"](call.args[0]) for call in calls]).double()
     rows = rows - rows.mean(0)
     hessian = rows.T @ rows
-    compensate(block, calls, CompensationConfig(False, False, ranges=9, weighted=False))
+    compensate(block, calls, CompensationConfig(False, False, ranges=9, damping=3.0, weighted=False))
     groups = weight.view(quantizer.groups, -1, 5)
     chosen = []
     for group in groups:

@@ -7,7 +7,7 @@ from torch import nn
 
 from apq_mmdet.calibration import FeatureTask, calibrate
 from apq_mmdet.calibration.blocks import partition, watch_blocks
-from apq_mmdet.calibration.importance import GRADIENT_SCALE, PERTURBATION, capture_gradients
+from apq_mmdet.calibration.importance import GRADIENT_SCALE, PERTURBATION, capture_gradients, feature_loss
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.errors import BadInputError, CalibrationError
@@ -140,3 +140,9 @@ def test_validation():
         Recipe.from_dict(dict(importance="perturbed", search={}))
     with pytest.raises(BadInputError, match=r"quant\.importance works on searched blocks"):
         Recipe.from_dict(dict(importance="perturbation"))
+
+
+def test_the_loss_of_features_is_relative_to_the_power_of_each():
+    student = [torch.tensor([1.0, 3.0]), {"neck": torch.tensor([40.0])}]
+    teacher = [torch.tensor([1.0, 1.0]), {"neck": torch.tensor([20.0])}]
+    assert float(feature_loss(student, teacher)) == pytest.approx(2 / 1 + 400 / 400)

@@ -91,3 +91,28 @@ def test_layers_that_run_twice_are_seen_twice(order, monkeypatch):
         errors = SlotErrors(block, calls, search, layer_runs(block, calls))
         found = [len(errors.recorded(layer)) for layer in (block.first, block.last)]
         assert found == [3, 2]
+
+
+def test_runs_are_told_in_the_order_of_the_images_whichever_process_has_them(monkeypatch):
+    parts = [[(0, {"a": 1}), (16, {"c": 1, "a": 2})], [(8, {"b": 1, "a": 3})]]
+    monkeypatch.setattr("apq_mmdet.calibration.replay.gather", lambda own: parts)
+    assert list(layer_runs(nn.Linear(2, 2), as_calls([])).items()) == [("a", 3), ("b", 1), ("c", 1)]
+
+
+def test_a_convolution_of_one_image_without_a_batch_axis_is_one_unit():
+    """Even if it has as many channels as its input: they are no images."""
+    block = nn.Sequential(nn.Conv2d(4, 4, 3))
+    quantize_model(block, recipe("minmax", scope="detector").policy)
+    x, found = torch.randn(4, 9, 8), []
+    for args in ((x,), (x[None],)):
+        with float_only(block), torch.no_grad():
+            output = block(*args)
+        grads = torch.linspace(-1, 3, output.numel()).view_as(output)
+        call = to_units(block, BlockCall(args, {}, [output], [grads], 0))
+        ((_, alone),) = layer_calls(block, call, [block[0]], gradients=True, runs=1)
+        assert torch.equal(alone.args[0], args[0])
+        found.append(alone)
+    for alone in found:
+        assert alone.targets.shape == alone.grads.shape == (1, 4 * 7 * 6)
+    assert torch.equal(found[0].targets, found[1].targets)
+    assert torch.equal(found[0].grads, found[1].grads)

@@ -4,7 +4,7 @@ from helpers import observed, recipe
 from torch import nn
 
 from apq_mmdet.calibration.objectives import build_objective
-from apq_mmdet.calibration.scoring import TOGETHER, Candidate, best_candidate, candidate_errors
+from apq_mmdet.calibration.scoring import TOGETHER, Candidate, best_candidate, candidate_errors, sum_by_image
 from apq_mmdet.calibration.units import SCREENS, UnitCall
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import quantize_model, quantized_layers
@@ -129,3 +129,10 @@ def test_nan_is_never_best_and_all_nan_is_an_error():
     for bad in (NAN, INF):
         with pytest.raises(CalibrationError, match="layer: the error of every candidate"):
             best(Errors([bad] * 41))
+
+
+def test_sums_are_added_in_the_order_of_the_images_whichever_process_has_them(monkeypatch):
+    column = {image: torch.tensor([value]).double().numpy() for image, value in ((0, 1e16), (8, -1e16), (16, 1.0))}
+    parts = [[(image, column[image]) for image in images] for images in ((0, 16), (8,))]
+    monkeypatch.setattr("apq_mmdet.calibration.scoring.gather", lambda own: parts)
+    assert sum_by_image([], 1).tolist() == [1.0]  # 1e16 + 1 is 1e16 in float64

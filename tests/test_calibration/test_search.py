@@ -9,7 +9,6 @@ from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.objectives import Objective
-from apq_mmdet.calibration.sampling import sample_call, sample_rows
 from apq_mmdet.calibration.scoring import best_candidate
 from apq_mmdet.calibration.search import Slot, SlotErrors, search_block
 from apq_mmdet.calibration.store import TensorStore
@@ -159,6 +158,16 @@ def test_a_shortlist_of_one_is_the_choice_at_the_layer():
     assert results[0] == results[1]
 
 
+def test_a_shortlist_is_made_of_what_is_least_at_the_layer_without_elimination():
+    objective = dict(type="hessian", eliminate=0.5, eliminate_by="error")
+    settings = recipe("apq", search=dict(grids=short_grids(20), rounds=1, objective=objective))
+    block, calls = prepared(0, settings)
+    one = search(block, calls, replace(settings.search, shortlist=1))
+    at_layer = replace(settings.search, metric="module")
+    whole = search(block, calls, replace(at_layer, objective=dict(type="hessian")))
+    assert one == whole != search(block, calls, at_layer)
+
+
 def test_module_metric_of_the_first_layer_against_brute_force():
     settings = recipe("apq", search=dict(grids=short_grids(), metric="module", rounds=1))
     block, calls = prepared(0, settings)
@@ -186,37 +195,6 @@ def test_module_metric_of_the_first_layer_against_brute_force():
             total += float((g.double().reshape(-1)[kept] * e[kept]).square().sum())
         errors.append(total)
     assert got[f"{name}.weight"] == factors[errors.index(min(errors))]
-
-
-def test_window_sampling_is_a_valid_crop():
-    settings = recipe("apq_fast", search=dict(windows=1))
-    block, calls = prepared(1, settings)
-    with torch.no_grad(), float_only(block):
-        small = sample_call(block, calls[1], settings.search, seed=5)
-        again = sample_call(block, calls[1], settings.search, seed=5)
-        assert torch.equal(block(*small.args), small.outputs[0])
-    assert small.args[1] == (7, 7)
-    assert torch.equal(small.args[0], again.args[0])
-    height, width = calls[1].args[1]
-    grid = calls[1].args[0].view(height, width, -1)
-    crops = [grid[:7, c : c + 7].reshape(1, 49, -1) for c in (0, 7)]
-    assert any(torch.equal(crop, small.args[0]) for crop in crops)
-    with torch.no_grad(), float_only(block):  # the same crop of the gradients
-        told = sample_call(block, replace(calls[1], grads=[calls[1].args[0]]), settings.search, seed=5)
-    assert torch.equal(told.grads[0], told.args[0])
-
-
-def test_rows_are_sampled_with_what_belongs_to_them():
-    settings = recipe("apq_fast", search=dict(rows=4)).search
-    rows = torch.arange(9.0)[:, None]
-    call = BlockCall((rows,), {"mask": rows + 1}, [rows + 2], [rows + 3], 0, ((rows + 4,), {}))
-    small = sample_rows(nn.Identity(), call, settings, torch.Generator().manual_seed(0))
-    kept = small.args[0]
-    assert len(kept.unique()) == 4
-    assert torch.equal(kept, kept.sort(0).values)
-    others = [small.kwargs["mask"], small.outputs[0], small.grads[0], small.float_inputs[0][0]]
-    assert all(torch.equal(other, kept + i) for i, other in enumerate(others, 1))
-    assert sample_rows(nn.Identity(), call, replace(settings, rows=9), torch.Generator()) is call
 
 
 def test_slots_are_named_by_layer_and_role():

@@ -78,3 +78,21 @@ def test_a_full_disk_is_told_with_its_place(tmp_path, monkeypatch):
         pytest.raises(CalibrationError, match=r"written to .*apq_capture.* in a disk with .* MiB free"),
     ):
         store.put("key", tree(1.0))
+
+
+def test_an_input_that_is_replaced_keeps_the_float_one_and_the_output():
+    with CaptureStore(memory=10**6) as store:
+        store.add_call("b", 0, (torch.zeros(2),), {"y": torch.ones(2)}, torch.full((2,), 5.0))
+        store.replace_input("b", 0, 0, (torch.full((2,), 3.0),), {"y": torch.full((2,), 4.0)})
+        (call,) = store.take_calls("b")
+    (x,), (float_x,) = call.args, call.float_inputs[0]
+    assert (x.tolist(), call.kwargs["y"].tolist()) == ([3, 3], [4, 4])
+    assert (float_x.tolist(), call.float_inputs[1]["y"].tolist()) == ([0, 0], [1, 1])
+    assert call.outputs[0].tolist() == [5, 5]
+
+
+def test_the_order_of_blocks_is_that_of_the_images_whichever_process_has_them(monkeypatch):
+    parts = [[(0, 0, "body"), (16, 1, "mask")], [(8, 0, "body"), (8, 1, "box")]]
+    monkeypatch.setattr("apq_mmdet.calibration.store.gather", lambda own: parts)
+    with CaptureStore() as store:
+        assert store.order() == ["body", "box", "mask"]

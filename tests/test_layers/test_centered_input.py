@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import build_swin, recipe, short_grids
+from helpers import as_calls, build_swin, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.centers import center_inputs, centered_layers
 from apq_mmdet.calibration.store import CaptureStore
-from apq_mmdet.calibration.transforms import InputRescaling
+from apq_mmdet.calibration.transforms import InputRescaling, rescalings_of
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
@@ -129,6 +129,32 @@ def test_inputs_that_are_not_finite_are_named():
             center_inputs(model, module, calls, 1.0)
 
 
+def test_sums_are_added_in_the_order_of_the_images_whichever_process_has_them(monkeypatch):
+    layer = tokens(nn.Sequential(nn.Linear(1, 1)), "tensor")
+    sums = {
+        image: torch.tensor([[1.0], [total], [4.0]]).double() for image, total in ((0, 1e16), (8, -1e16), (16, 3.0))
+    }
+    parts = [{(image, "0"): sums[image] for image in images} for images in ((0, 16), (8,))]
+    monkeypatch.setattr("apq_mmdet.calibration.centers.gather", lambda own: parts)
+    center_inputs(layer, layer, as_calls([]), 1.0)
+    assert layer[0].input_centers.tolist() == [1.0]  # of three tokens; 1e16 + 3 - 1e16 is 4 in float64
+
+
+def test_weights_are_observed_anew_behind_their_factors():
+    layer = tokens(nn.Sequential(nn.Linear(6, 4)))
+    layer[0].quantizers["weight"].observe(100 * layer[0].weight)
+    with CaptureStore() as store, torch.no_grad():
+        module, calls = calls_of(store, layer, [torch.randn(1, 9, 6)])
+        center_inputs(layer, module, calls, 1.0)
+    low, high = layer[0].quantizers["weight"].observed
+    assert (low.item(), high.item()) == (layer[0].weight.amin().item(), layer[0].weight.amax().item())
+
+
+def test_factors_of_centered_inputs_are_no_rescaling():
+    """They are found together with the centers."""
+    assert rescalings_of(tokens(nn.Sequential(nn.Linear(6, 4)))) == []
+
+
 @pytest.mark.parametrize(("make", "role"), [(lambda: nn.Conv2d(6, 4, 3), "input"), (lambda: nn.Linear(6, 4), "weight")])
 def test_the_format_is_for_inputs_of_linear_layers(make, role):
     rule = {role: dict(format="token_affine")}
@@ -162,6 +188,26 @@ def test_calibration_finds_centers_and_the_checkpoint_keeps_them():
         assert all(torch.equal(a, b) for a, b in zip(model(x), other(x), strict=True))
     model.load_state_dict(float_state)  # which knows nothing of centers
     assert not any(bool(layer.input_centers.any()) for layer in layers.values())
+
+
+def test_centers_are_those_of_the_equalized_inputs():
+    search = dict(metric="module", rounds=1, block_input="quantized", grids=short_grids(2))
+    settings = recipe("apq_plus", a_bits=3, search=search, compensation=None, reconstruction=None)
+    model, images, seen = build_swin(depth=1), [torch.randn(1, 3, 37, 50) for _ in range(2)], {}
+    quantize_model(model, settings.policy)
+    calibrate(model, images, settings)
+    layers = centered_layers(model)
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda layer, args, n=name: seen.setdefault(n, []).append(layer.divided_input(args[0]).flatten(0, -2))
+        )
+    with torch.no_grad(), float_only(model):
+        for x in images:
+            model(x)
+    assert len(seen) == len(layers) > 3
+    for name, layer in layers.items():
+        x = torch.cat(seen[name])
+        assert torch.allclose(layer.input_centers, x.mean(0), atol=1e-3 * float(x.std())), name
 
 
 def test_a_layer_that_is_left_float_has_none():

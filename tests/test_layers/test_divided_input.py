@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import build_swin, recipe, short_grids
+from helpers import as_calls, build_swin, observed, recipe, short_grids
 from torch import nn
 
 from apq_mmdet.calibration import calibrate
-from apq_mmdet.calibration.transforms import InputRescaling, rescalings_of
+from apq_mmdet.calibration.blocks import BlockCall
+from apq_mmdet.calibration.transforms import InputRescaling, channel_extents, equalize, rescalings_of
+from apq_mmdet.calibration.units import to_units, unit_module
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers
 from apq_mmdet.policy import Policy
@@ -110,6 +112,28 @@ def test_a_layer_behind_a_norm_is_made_even_once():
     assert [inputs.count(operand) for operand in dict.fromkeys(inputs)] == [1, 2, 1, 1]  # values, then their projection
     dividing = [place.name for place in rescalings_of(block) if isinstance(place, InputRescaling)]
     assert dividing == ["attn.w_msa.proj.input", "ffn.layers.1.input"]
+
+
+@torch.no_grad()
+def test_layers_divide_what_the_other_rescalings_leave():
+    """Values are made even for their own sake, and then what the projection behind them is given."""
+    model = build_swin(depth=1)
+    quantize_model(model, plus(overrides=dict(all=dict(kind="Linear", input=dict(granularity="channel")))).policy)
+    block = model.stages[0].blocks[0]
+    dividing = [place for place in rescalings_of(block) if isinstance(place, InputRescaling)]
+    for place in rescalings_of(block):
+        if not isinstance(place, InputRescaling):
+            place.divide(torch.randn(8).exp())
+    args = (torch.randn(1, 98, 8), (14, 7))
+    (output,) = observed(block, [args])
+    view, calls = unit_module(block), as_calls([to_units(block, BlockCall(args, {}, [output], None, 0))])
+    equalize(block, view, calls, 1.0)
+    with float_only(block):
+        extents = channel_extents(dividing, lambda: view(*calls[0].args))
+    assert len(dividing) == 2
+    for place, extent in zip(dividing, extents, strict=True):
+        span = place.imbalance(*extent)
+        assert float(span.max() / span.min()) == pytest.approx(1, abs=1e-3), place.name
 
 
 def test_factors_that_nothing_finds_are_refused():
