@@ -17,10 +17,9 @@ NAMES = sorted(path.stem for path in (ROOT / "configs" / "_base_" / "recipes").g
 IMAGES = [torch.randn(1, 3, 41, 50), torch.randn(1, 3, 29, 36)]
 
 
-def shortened(name):
-    """A recipe at 4 bits with fewer candidates and training steps, otherwise as it is."""
+def shortened(name, **settings):
+    """A recipe at 4 bits, or what else is said, with fewer candidates and training steps, otherwise as it is."""
     quant = load_recipe(name)
-    settings = {}
     if "search" in quant:
         grids = {key: (first, last, min(n, 4)) for key, (first, last, n) in quant["search"]["grids"].items()}
         settings["search"] = dict(grids=grids, rounds=1)
@@ -55,6 +54,23 @@ def test_recipe(name):
         assert bool(output.isfinite().all())
         assert torch.equal(output, same)
         assert 0 < float((output - exact).norm() / exact.norm()) < 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_of_double_precision_are_calibrated_as_others_are(name):
+    settings, errors = shortened(name, w_bits=3, a_bits=3), []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(3)
+        model, x = build_swin(depth=1).to(dtype), IMAGES[0].to(dtype)
+        with torch.no_grad():
+            (want,) = model(x)
+        quantize_model(model, settings.policy)
+        calibrate(model, [x], settings)
+        with torch.no_grad():
+            (got,) = model(x)
+        assert got.dtype == dtype
+        errors.append(float((got - want).norm() / want.norm()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.3)  # ties break in another way
 
 
 PAPERS_OBJECTIVE = dict(type="hessian", eliminate=0.1, eliminate_by="error")

@@ -1,6 +1,7 @@
 """The calibration of a quantized model: observe, disturb, then search block by block."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,8 +136,10 @@ def calibrate(
                 quantizer.use_observer(recipe.observer)
             float_pass(model, blocks if recipe.search else {}, samples, task, store)
             left_float = _handle_unseen(model, recipe.on_unseen)
+            if recipe.search:
+                _refuse_uncalled(blocks, store)
             model.weights_changed_by_calibration = recipe.equalize > 0  # until both sides of a factor are changed
-            _transform(blocks, store, recipe.equalize)
+            _transform(model, blocks, store, recipe.equalize)
             model.weights_changed_by_calibration = False
             _take_observed_ranges(model)
             reports: list[BlockReport] = []
@@ -229,8 +232,9 @@ def float_pass(
     share_observed(inputs)
 
 
-def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
+def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
     """Make the channels of every block more even, and find their centers; blocks keep their float function."""
+    shared = _shared_parameters(model)
     for name in tqdm(store.order(), desc="transform", unit="block", disable=not is_main_process()):
         block = blocks[name]
         even = strength > 0 and bool(rescalings_of(block))
@@ -240,10 +244,17 @@ def _transform(blocks: dict[str, nn.Module], store: CaptureStore, strength: floa
             for call in store.inputs(name):
                 calls.add(to_units(block, call))
             if even:
-                equalize(block, module, calls, strength)
+                equalize(block, module, calls, strength, shared)
             if centered:
                 center_inputs(block, module, calls, strength)
             calls.drop()
+
+
+def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that stand at several places of a model."""
+    parts = (part for module in model.modules() for part in module._modules.values() if part is not None)
+    places = Counter(parameter for part in parts for parameter in part._parameters.values() if parameter is not None)
+    return {parameter for parameter, number in places.items() if number > 1}
 
 
 def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
@@ -263,6 +274,17 @@ def _handle_unseen(model: nn.Module, on_unseen: str) -> list[str]:
     names = list(dict.fromkeys(name for name, _ in unseen))
     leave_float(model, names)
     return names
+
+
+def _refuse_uncalled(blocks: dict[str, nn.Module], store: CaptureStore) -> None:
+    called = store.order()
+    for name, block in blocks.items():
+        inputs = [q for _, layer in quantized_layers(block) for role, q in layer.quantizers.items() if role != "weight"]
+        if name not in called and any(quantizer.observed is not None for quantizer in inputs):
+            raise CalibrationError(
+                f"layers of block {name!r} ran, but the block was never called: what uses its layers without it, or "
+                f"calls another of its methods, cannot be calibrated. Leave them float with an override"
+            )
 
 
 def _to_search(blocks: dict[str, nn.Module], store: CaptureStore) -> list[str]:
@@ -349,7 +371,12 @@ def _state_of(block: nn.Module, whole: bool) -> dict[str, Tensor]:
 
 
 def _load_state(block: nn.Module, state: dict[str, Tensor]) -> None:
-    own = {key for key in block.state_dict() if "quantizers." in key}
-    if own != {key for key in state if "quantizers." in key}:
+    own = {key: value for key, value in block.state_dict().items() if "quantizers." in key}
+    kept = {key: value for key, value in state.items() if "quantizers." in key}
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in kept.items()}:
         raise CalibrationError("the kept state of a block does not fit the model: start again without --resume")
-    block.load_state_dict(state, strict=False)
+    if len(kept) == len(state):
+        for key, value in own.items():
+            value.copy_(state[key])
+    else:
+        block.load_state_dict(state, strict=False)

@@ -129,6 +129,7 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
     Raises:
         CalibrationError: a sum over tokens is NaN or infinite.
     """
+    order = layer_runs(module, calls)
     # weights change as we go, the float inputs and gradients must not
     reference = copy.deepcopy(module).requires_grad_(False)
     for block, mode in ((reference, QuantizerMode.FLOAT), (module, QuantizerMode.QUANTIZE)):
@@ -136,7 +137,7 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
             quantizer.mode = mode
     gains: dict[str, float] = {}
     layers = dict(quantized_layers(module))
-    for name, runs in layer_runs(module, calls).items():
+    for name, runs in order.items():
         if not is_compensated(layers[name]):
             continue
         with fixed_weights(module):
@@ -192,6 +193,11 @@ def _tokens(
         if weighted and rows.requires_grad:
             grads = torch.autograd.grad(rows, outputs, tile.grads, allow_unused=True)
     quantized, _, _ = _watched(module, layer, runs, tile)
+    if len(quantized) != len(floats):
+        raise CalibrationError(
+            f"compensation of layer {name!r}: it runs {len(floats)} times in the float block, but {len(quantized)} "
+            f"times in the quantized one; leave the block float with an override"
+        )
     for x, x_quantized, grad in zip(floats, quantized, grads, strict=True):
         columns = columns_of(layer, layer.divided_input(x.detach()))
         importance = columns.new_ones(len(columns))

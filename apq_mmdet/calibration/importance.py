@@ -74,12 +74,18 @@ class FeatureTask(CalibrationTask):
 
 
 def feature_loss(student: Any, teacher: Any) -> Tensor:
-    """Sum over outputs of ``mean (s - t)^2 / mean t^2``."""
+    """Sum over outputs of ``mean (s - t)^2 / mean t^2``; those that are no floating-point numbers do not count.
+
+    Raises:
+        CalibrationError: there is no other.
+    """
     terms = [
         F.mse_loss(s, t) / t.square().mean().clamp_min(1e-12)
         for s, t in zip(tensors_of(student), tensors_of(teacher), strict=True)
-        if t.numel()
+        if t.numel() and t.is_floating_point()
     ]
+    if not terms:
+        raise CalibrationError("the model has no output of floating-point numbers that could tell how wrong it is")
     return torch.stack(terms).sum()
 
 

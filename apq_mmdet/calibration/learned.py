@@ -25,7 +25,7 @@ class Learned(ABC):
     """Values of a block that are learned.
 
     Attributes:
-        values: float32 [n], a leaf that requires gradients.
+        values: [n], a leaf that requires gradients.
     """
 
     values: Tensor
@@ -165,12 +165,12 @@ class LearnedCodes(Learned):
 
 
 def _codes_and_room(layer: QuantizedLayer) -> tuple[Tensor, ...]:
-    """Codes less the zero point, how far they can go down and up, and the scale: float32, [weights] each."""
+    """Codes less the zero point, how far they can go down and up, and the scale: the weight's dtype, [weights] each."""
     quantizer, weight = layer.quantizers["weight"], layer.weight.detach()
     zero_point = quantizer.per_element(quantizer.zero_point, weight)
     codes, scale = quantizer.encode(weight), quantizer.per_element(quantizer.scale, weight)
     parts = (codes - zero_point, quantizer.code_min - codes, quantizer.code_max - codes, scale)
-    return tuple(part.float().expand_as(weight).flatten() for part in parts)
+    return tuple(part.to(weight.dtype).expand_as(weight).flatten() for part in parts)
 
 
 def _split_like(flat: Tensor, layers: list[QuantizedLayer]) -> list[Tensor]:

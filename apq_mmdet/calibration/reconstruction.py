@@ -215,7 +215,7 @@ def _train(
     device = next(q.scale.device for q in quantizers_of(module))
     minibatches = Minibatches(calls, config.batch, torch.Generator().manual_seed(seed), device)
     generator = torch.Generator(device).manual_seed(seed)
-    balance = balance.to(device, torch.float32)
+    balance = balance.to(device)
     with fixed_weights(module), trained_activations(module, config.keep_float, generator) as activations:
         learned = _learned(module, activations, config)
         optimizer = torch.optim.Adam([{"params": [part.values], "lr": lr} for part, lr in learned])
@@ -225,7 +225,8 @@ def _train(
             with torch.enable_grad():
                 for part in parts:
                     part.use()
-                loss = sum(_terms(module, call, config.weighting) @ balance for call in minibatch)
+                terms = (_terms(module, call, config.weighting) for call in minibatch)
+                loss = sum(t @ balance.to(t.dtype) for t in terms)
             units = sum(len(call.targets) for call in minibatch)
             _step(optimizer, learned, loss, units, iteration / config.iterations)
             left = config.iterations - 1 - iteration

@@ -35,7 +35,7 @@ def fixed_weights(block: nn.Module, but: Quantizer | None = None) -> Iterator[No
 
 
 def layer_runs(block: nn.Module, calls: UnitCalls) -> dict[str, int]:
-    """The quantized layers that run in the first calls of all kinds of all processes, in their order.
+    """The quantized layers that run in any call of any process, in their order.
 
     Returns:
         By name, how often a layer runs in one of these calls at most.
@@ -47,7 +47,7 @@ def layer_runs(block: nn.Module, calls: UnitCalls) -> dict[str, int]:
         for name, layer in quantized_layers(block)
     )
     with hooked(hooks), float_only(block):
-        for call in calls.kinds():
+        for call in calls:  # which layers run may depend on what a call is given
             ran.clear()
             block(*call.args, **call.kwargs)
             seen.append((call.image, dict(Counter(ran))))

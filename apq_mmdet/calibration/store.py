@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Hashable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ class TensorStore:
             self._files.pop(key).unlink()
 
 
+def _all_before(block: str, before: dict[str, list[str]]) -> set[str]:
+    """What comes before a block, and what comes before that, and so on."""
+    found: set[str] = set()
+    waiting = [block]
+    while waiting:
+        new = [first for first in before[waiting.pop()] if first not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
 def _bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -107,6 +119,7 @@ class CaptureStore(TensorStore):
     def __init__(self, parent: str | Path | None = None, memory: int = 0) -> None:
         super().__init__(parent, memory)
         self._calls: dict[str, list[tuple[int, int]]] = {}
+        self._sequences: dict[int, list[str]] = {}  # by image, the blocks in the order of their first call on it
 
     @property
     def blocks(self) -> list[str]:
@@ -117,6 +130,8 @@ class CaptureStore(TensorStore):
         """Keep one float call of a block."""
         calls = self._calls.setdefault(block, [])
         index = sum(1 for i, _ in calls if i == image)
+        if index == 0:
+            self._sequences.setdefault(image, []).append(block)
         calls.append((image, index))
         self.put((block, image, index, "input"), (args, kwargs))
         self.put((block, image, index, "output"), tensors_of(output))
@@ -131,9 +146,22 @@ class CaptureStore(TensorStore):
         self.put((block, image, index, "grads"), grads)
 
     def order(self) -> list[str]:
-        """The blocks of all processes by their first call, whichever process made it."""
-        own = [(calls[0][0], position, name) for position, (name, calls) in enumerate(self._calls.items())]
-        return list(dict.fromkeys(name for *_, name in sorted(entry for part in gather(own) for entry in part)))
+        """The blocks of all processes in the order of their calls, whichever process made them.
+
+        One that runs on some images only comes before what it runs before on those; where images disagree, the first
+        decides.
+        """
+        before: dict[str, list[str]] = {}
+        for _, sequence in sorted(item for part in gather(self._sequences) for item in part.items()):
+            before |= {block: [] for block in sequence if block not in before}
+            for first, second in pairwise(sequence):
+                if first not in before[second] and second not in _all_before(first, before):
+                    before[second].append(first)
+        order: dict[str, None] = {}
+        while len(order) < len(before):
+            left = (block for block in before if block not in order)
+            order[next(block for block in left if all(first in order for first in before[block]))] = None
+        return list(order)
 
     def number_of_calls(self, block: str, image: int) -> int:
         """How often a block was called on an image."""

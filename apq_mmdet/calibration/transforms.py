@@ -8,7 +8,7 @@ left out on purpose: Swin pads windows with zeros behind the norm, and zeros sta
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from itertools import groupby
 
 import torch
@@ -34,7 +34,12 @@ class Rescaling(ABC):
         layer: the linear layer at which the activation is seen, [..., channels], or convolution, [B, channels, H, W].
         side: 'input' or 'output' of that layer.
         operands: (layer, role) of everything that is rescaled and may be quantized.
+
+    Attributes:
+        norm_parameters: gamma and beta where a norm is rescaled.
     """
+
+    norm_parameters: tuple[nn.Parameter, ...] = ()
 
     def __init__(
         self, name: str, layer: nn.Linear | nn.Conv2d, side: str, operands: Sequence[tuple[nn.Module, str]]
@@ -61,6 +66,7 @@ class NormRescaling(Rescaling):
     def __init__(self, name: str, norm: nn.LayerNorm, linear: nn.Linear) -> None:
         super().__init__(name, linear, "input", [(linear, "input"), (linear, "weight")])
         self.norm = norm
+        self.norm_parameters = tuple(norm.parameters(recurse=False))
 
     def divide(self, c: Tensor) -> None:
         """See the base class."""
@@ -219,7 +225,9 @@ def balancing_factors(imbalance: Tensor, strength: float) -> Tensor:
 
 
 @torch.no_grad()
-def equalize(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: float) -> dict[str, Tensor]:
+def equalize(
+    block: nn.Module, module: nn.Module, calls: UnitCalls, strength: float, shared: Set[nn.Parameter] = frozenset()
+) -> dict[str, Tensor]:
     """Make the channel ranges of a block more even, and observe the ranges of what was rescaled anew.
 
     In a distributed run every process calls this and does the same.
@@ -230,11 +238,12 @@ def equalize(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: fl
         calls: float inputs on this process' images; at least one process has a call. Observed ranges are afterwards
             those on these calls, so samples give the ranges of samples.
         strength: 0 changes nothing, 1 makes all channels even.
+        shared: parameters that are used elsewhere too; norms with such stay as they are.
 
     Returns:
         The factors c of each rescaling by its name, float64 [channels]; empty for a block without rescalings.
     """
-    places = rescalings_of(block)
+    places = [place for place in rescalings_of(block) if shared.isdisjoint(place.norm_parameters)]
     if not places:
         return {}
 

@@ -163,7 +163,7 @@ def seed_of(seed: int, image: int) -> int:
 
 def rows_of(outputs: list[Tensor], units: int) -> Tensor:
     """Outputs of a module as [units, elements]."""
-    rows = [output.reshape(1, -1) if units == 1 else output.flatten(1) for output in outputs]
+    rows = [o.reshape(1, -1) if units == 1 else o[:, None] if o.dim() == 1 else o.flatten(1) for o in outputs]
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
@@ -216,7 +216,6 @@ class UnitCalls:
         self._calls: list[UnitCall] = []  # without tensors
         self._energies: list[list[float]] = []  # of the first units: those of each share of SCREENS, and all
         self._sizes: list[int] = []
-        self._signatures: list[str] = []
 
     def add(self, call: UnitCall) -> None:
         """Append a call; one without output elements (no RoIs) says nothing and is left out."""
@@ -225,7 +224,6 @@ class UnitCalls:
         self._store.put((self._key, len(self._calls)), call.tensors())
         self._energies.append(_energies(call))
         self._sizes.append(call.targets.numel())
-        self._signatures.append(call.signature)
         empty = torch.empty(0)
         self._calls.append(call.with_tensors([(), {}, empty, None, empty, None]))
 
@@ -242,10 +240,6 @@ class UnitCalls:
     def bytes(self) -> int:
         """Size of all targets."""
         return 4 * sum(self._sizes)
-
-    def kinds(self) -> Iterator[UnitCall]:
-        """The first call of each signature."""
-        return (self[self._signatures.index(kind)] for kind in dict.fromkeys(self._signatures))
 
     def most_important(self, share: float) -> Iterator[UnitCall]:
         """All calls whose units can be judged apart, and a share of the others: those of largest gradient."""

@@ -171,7 +171,7 @@ def _plan(model: nn.Module, part: nn.Module, policy: Policy) -> dict[str, _Plann
     classes = {name: LAYERS[type(layer)] for name, layer in layers.items()}
     policy.check_overrides([(name, cls.kind, cls.roles) for name, cls in classes.items()])
     planned = {name: _plan_layer(name, layer, policy) for name, layer in layers.items()}
-    _refuse_shared_weights(planned)
+    _refuse_shared_parameters(model, planned)
     if not any(plan.quantizers for plan in planned.values()):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     return planned
@@ -191,17 +191,21 @@ def _follow_devices(model: nn.Module) -> torch.device:
     return beginning
 
 
-def _refuse_shared_weights(planned: dict[str, _PlannedLayer]) -> None:
-    """One weight of two layers can neither take up factors of one's input nor become codes of both."""
+def _refuse_shared_parameters(model: nn.Module, planned: dict[str, _PlannedLayer]) -> None:
+    """One weight of two modules can neither take up factors of one's input nor become codes of both.
+
+    Nor can one bias make up for the errors of both.
+    """
+    changed = {name for name, plan in planned.items() if plan.divided or "weight" in plan.quantizers}
     users: dict[nn.Parameter, str] = {}
-    for name, plan in planned.items():
-        weight = getattr(plan.layer, "weight", None)
-        other = name if weight is None else users.setdefault(weight, name)
-        if other != name and any(p.divided or "weight" in p.quantizers for p in (plan, planned[other])):
-            raise BadInputError(
-                f"layers {other!r} and {name!r} share one weight, which cannot be quantized for both: leave them float "
-                f"with an override, such as dict(pattern={name!r}, float=True) for each"
-            )
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            other = users.setdefault(parameter, name)
+            if other != name and (quantized := [n for n in (other, name) if n in changed]):
+                raise BadInputError(
+                    f"layers {other!r} and {name!r} share one {part}, which cannot be quantized for both: leave them "
+                    f"float, with overrides such as dict(pattern={quantized[-1]!r}, float=True)"
+                )
 
 
 def _training_only(model: nn.Module) -> set[nn.Module]:

@@ -44,7 +44,8 @@ def install_output_compensation(model: nn.Module) -> None:
         count = COMPENSATED.find(module)
         channels = None if count is None else count(module)
         if channels is not None:
-            module.add_module(NAME, OutputCompensation(channels).to(next(module.parameters()).device))
+            like = next(module.parameters())
+            module.add_module(NAME, OutputCompensation(channels).to(like.device, like.dtype))
             module.register_forward_hook(_compensated, with_kwargs=True)
             found = True
     if not found:

@@ -73,6 +73,8 @@ def packed_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         own[_join(name, PACKED_SUFFIX)] = packed[layer]
     copies: dict[tuple[Any, ...], Tensor] = {}
     for key, value in own.items():
+        if not isinstance(value, Tensor):  # a module's own extra state
+            continue
         place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if place not in copies:
             copies[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -151,9 +153,9 @@ def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix:
     problems = [f"missing {key}" for key in own if key not in given]
     problems += [f"unexpected {key}" for key in given if key not in own]
     problems += [
-        f"shape of {key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
+        f"shape of {key} is {_shape(value)}, the model has {_shape(own[key])}"
         for key, value in given.items()
-        if key in own and value.shape != own[key].shape and not key.endswith(FORMAT_SUFFIX)
+        if key in own and _shape(value) != _shape(own[key]) and not key.endswith(FORMAT_SUFFIX)
     ]
     problems += [
         f"{key} is {int(given[key])} in the checkpoint, {int(value)} in the config"
@@ -171,6 +173,11 @@ def _refuse_incomplete(own: dict[str, Tensor], state: dict[str, Tensor], prefix:
             f"the quantized checkpoint does not fit this model: {listed(problems, 5, '; ')}. Load it with the "
             f"config.py that was written beside it"
         )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """None for what is no tensor: a module's own extra state."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _text(characters: Tensor) -> str:

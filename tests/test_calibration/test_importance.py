@@ -1,4 +1,5 @@
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -146,3 +147,37 @@ def test_the_loss_of_features_is_relative_to_the_power_of_each():
     student = [torch.tensor([1.0, 3.0]), {"neck": torch.tensor([40.0])}]
     teacher = [torch.tensor([1.0, 1.0]), {"neck": torch.tensor([20.0])}]
     assert float(feature_loss(student, teacher)) == pytest.approx(2 / 1 + 400 / 400)
+
+
+def test_outputs_that_are_whole_numbers_or_truths_do_not_count():
+    student, teacher = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])
+    others = [(torch.tensor([7]), torch.tensor([9])), (torch.tensor([True]), torch.tensor([False]))]
+    outputs = [(student, teacher), *others]
+    assert float(feature_loss([s for s, _ in outputs], [t for _, t in outputs])) == pytest.approx(2)
+    with pytest.raises(CalibrationError, match="no output of floating-point numbers"):
+        feature_loss([s for s, _ in others], [t for _, t in others])
+
+
+class WithIndex(nn.Module):
+    """A model that gives the place of the largest number too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y, y.argmax(-1)
+
+
+def test_a_model_may_give_whole_numbers_too():
+    """They change nothing of what a model without them becomes."""
+    settings = recipe("apq", search=dict(grids=short_grids(13), rounds=1))
+    found = []
+    for model in (WithIndex(), nn.Sequential(OrderedDict(layer=nn.Linear(3, 4)))):
+        with torch.no_grad():
+            model.layer.weight.copy_(torch.linspace(-2, 3, 12).view(4, 3))
+            model.layer.bias.copy_(torch.linspace(1, -1, 4))
+        quantize_model(model, settings.policy)
+        found.append(calibrate(model, [torch.linspace(-3, 5, 60).view(20, 3)], settings).blocks[0].factors)
+    assert found[0] == found[1]

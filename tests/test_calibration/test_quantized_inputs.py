@@ -104,3 +104,33 @@ def test_a_block_that_runs_at_another_number_behind_quantized_ones_is_refused(ti
     message = f"block 'block' ran 2 times in the float pass of image 0, but {told} behind quantized blocks"
     with pytest.raises(CalibrationError, match=message):
         calibrate(model, images, settings, OtherTimes(times))
+
+
+class Optional(nn.Module):
+    """A model whose first layer runs on wide inputs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu() if len(x) > 4 else x)
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_a_block_that_the_first_image_skips_is_finished_before_what_it_is_the_input_of(wide, monkeypatch):
+    given, replace_input = {}, CaptureStore.replace_input
+
+    def note(self, block, image, index, args, kwargs):
+        given[block, image] = args[0].clone()
+        replace_input(self, block, image, index, args, kwargs)
+
+    monkeypatch.setattr(CaptureStore, "replace_input", note)
+    settings = behind_quantized("erq")
+    model, images = Optional(), [torch.randn(3, 4), torch.randn(3, 4)]
+    images[wide] = torch.randn(30, 4)
+    quantize_model(model, settings.policy)
+    assert [block.block for block in calibrate(model, images, settings).blocks] == ["up", "down"]
+    with torch.no_grad():
+        assert torch.equal(given["down", wide], model.up(images[wide]).relu())
+    assert torch.equal(given["down", 1 - wide], images[1 - wide])

@@ -91,8 +91,29 @@ def test_an_input_that_is_replaced_keeps_the_float_one_and_the_output():
     assert call.outputs[0].tolist() == [5, 5]
 
 
-def test_the_order_of_blocks_is_that_of_the_images_whichever_process_has_them(monkeypatch):
-    parts = [[(0, 0, "body"), (16, 1, "mask")], [(8, 0, "body"), (8, 1, "box")]]
+@pytest.mark.parametrize(
+    ("parts", "want"),
+    [
+        # of processes that have the images 0 and 16, and 8
+        ([{0: ["body"], 16: ["body", "mask"]}, {8: ["body", "box"]}], ["body", "box", "mask"]),
+        ([{16: ["body", "mask"], 0: ["body"]}, {}, {8: ["body", "box"]}], ["body", "box", "mask"]),
+        ([{0: ["down"]}, {8: ["up", "down"]}], ["up", "down"]),
+        ([{8: ["up", "down"]}, {0: ["down"]}], ["up", "down"]),
+        ([{0: ["c", "d"], 1: ["b", "c"], 2: ["a", "b", "d"]}], ["a", "b", "c", "d"]),
+        ([{0: ["a", "d"], 1: ["b", "d"], 2: ["c", "d"]}], ["a", "b", "c", "d"]),
+        ([{0: ["b"], 1: ["a"], 2: ["a", "b"]}], ["a", "b"]),  # seen apart before they are seen together
+        ([{0: ["a", "b"], 1: ["b", "a"]}], ["a", "b"]),  # the first image decides
+    ],
+)
+def test_blocks_come_in_the_order_of_the_images_and_before_what_they_run_before(parts, want, monkeypatch):
     monkeypatch.setattr("apq_mmdet.calibration.store.gather", lambda own: parts)
     with CaptureStore() as store:
-        assert store.order() == ["body", "box", "mask"]
+        assert store.order() == want
+
+
+def test_the_order_of_blocks_is_that_of_their_first_calls_on_an_image():
+    with CaptureStore() as store:
+        for image, blocks in ((1, ["up", "down", "up", "last"]), (0, ["down", "down"])):
+            for block in blocks:
+                store.add_call(block, image, (), {}, None)
+        assert store.order() == ["up", "down", "last"]

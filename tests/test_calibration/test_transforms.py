@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 import torch
+from helpers import build_swin, recipe
 from torch import nn
 
+from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.transforms import (
     MOST,
     NormRescaling,
@@ -11,6 +15,7 @@ from apq_mmdet.calibration.transforms import (
     channel_extents,
     rescalings_of,
 )
+from apq_mmdet.layers import float_only, quantize_model
 
 
 def test_factors_by_hand():
@@ -91,3 +96,48 @@ def test_extents_are_over_all_runs_and_need_no_hook_afterwards():
 
 def test_unknown_blocks_have_no_rescalings():
     assert rescalings_of(nn.Linear(2, 2)) == []
+
+
+def share_between_blocks(swin, first, second):
+    second.norm1 = first.norm1
+    return first.norm1
+
+
+def share_within_a_block(swin, first, second):
+    first.norm2 = first.norm1
+    return first.norm1
+
+
+def share_with_the_model(swin, first, second):
+    swin.norm0 = second.norm2  # of its output
+    return second.norm2
+
+
+def share_a_parameter(swin, first, second):
+    second.norm1.bias = first.norm1.bias
+    return first.norm1
+
+
+@pytest.mark.parametrize("share", [share_between_blocks, share_within_a_block, share_with_the_model, share_a_parameter])
+def test_a_norm_that_has_other_users_stays_as_it_is(share):
+    model, x = build_swin(), torch.randn(1, 3, 40, 40)
+    first, second = model.stages[0].blocks
+    norm = share(model, first, second)
+    before, norm_before = copy.deepcopy((model, norm))
+    settings = recipe("repq")
+    quantize_model(model, settings.policy)
+    calibrate(model, [x], settings)
+    with torch.no_grad(), float_only(model):
+        for got, want in zip(model(x), before(x), strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(norm.weight, norm_before.weight)
+    assert torch.equal(norm.bias, norm_before.bias)
+    for block, old in zip((first, second), before.stages[0].blocks, strict=True):
+        rows, old_rows = (b.attn.w_msa.qkv.weight.chunk(3)[0] for b in (block, old))
+        assert not torch.equal(rows, old_rows)  # query is made even against key
+    changed = [not torch.equal(a.weight, b.weight) for a, b in zip(norms(model), norms(before), strict=True)]
+    assert sum(changed) >= 2  # the other norms of blocks
+
+
+def norms(swin):
+    return [norm for block in swin.stages[0].blocks for norm in (block.norm1, block.norm2)]

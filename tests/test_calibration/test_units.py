@@ -218,3 +218,10 @@ def test_only_what_mmdet_itself_computes_is_taken_apart(images):
         units = to_units(block, BlockCall((x, (7, 7)), {}, [x], [x], 0))
         assert units.separable == (cls is SwinBlock)
         assert units.targets.numel() == x.numel()
+
+
+def test_an_output_with_one_number_for_each_unit_is_a_column():
+    numbers, pairs = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[4.0, 5.0], [6.0, 7.0], [8.0, 9.0]])
+    assert rows_of([numbers], 3).tolist() == [[1], [2], [3]]
+    assert rows_of([pairs, numbers], 3).tolist() == [[4, 5, 1], [6, 7, 2], [8, 9, 3]]
+    assert rows_of([numbers], 1).tolist() == [[1, 2, 3]]

@@ -105,3 +105,46 @@ def test_a_block_that_saw_empty_inputs_alone_is_passed_over_too(monkeypatch):
     report = calibrate(model, [torch.randn(3, 4)], settings)
     assert report.left_float == ["head.layer"]
     assert [block.block for block in report.blocks] == ["body"]
+
+
+class Methods(nn.Module):
+    """A block with a second method that runs its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def other(self, x):
+        return self.layer(x)
+
+
+class ByMethod(nn.Module):
+    """A model that runs its second block without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = Methods(), Methods()
+
+    def forward(self, x):
+        return self.q.other(self.p(x).relu())
+
+
+@pytest.mark.parametrize("name", ["apq", "apq_plus", "repq"])
+def test_a_block_whose_layers_run_without_it_is_refused(name, monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Methods])
+    short = dict(grids=short_grids(2))
+    settings, model = recipe(name, search=short), ByMethod()
+    quantize_model(model, settings.policy)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(CalibrationError, match=r"block 'q'"):
+        calibrate(model, [torch.randn(9, 4)], settings)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    settings, model = recipe(name, search=short, overrides=dict(q=dict(pattern="q.*", float=True))), ByMethod()
+    quantize_model(model, settings.policy)
+    assert [block.block for block in calibrate(model, [torch.randn(9, 4)], settings).blocks] == ["p"]
+    settings, model = recipe("minmax"), ByMethod()  # looks at no blocks
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(9, 4)], settings)

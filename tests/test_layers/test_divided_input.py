@@ -155,25 +155,6 @@ def test_float_weights_need_no_factors_of_before():
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(model(x), want, strict=True))
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [
-        dict(),
-        dict(first=dict(pattern="0", float=True)),
-        dict(both=dict(weight=None, input=dict(granularity="channel"))),
-        dict(both=dict(weight=None), second=dict(pattern="1", input=dict(granularity="channel"))),
-    ],
-)
-def test_one_weight_of_two_layers_is_not_quantized(rules):
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    model[1].weight = model[0].weight
-    with pytest.raises(BadInputError, match=r"layers '0' and '1' share one weight.*leave them float"):
-        quantize_model(model, Policy.from_dict(dict(overrides=rules)))
-    for layer in model:
-        assert type(layer) is nn.Linear
-    quantize_model(model, Policy.from_dict(dict(overrides=dict(both=dict(weight=None)))))  # inputs alone
-
-
 def test_a_convolution_of_a_single_image():
     model = divided(LAYERS["conv"][0])
     InputRescaling("input", model[0]).divide(UNEVEN)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import build_swin, recipe
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load
+from torch import nn
 
 from apq_mmdet.calibration import calibrate
 from apq_mmdet.errors import CheckpointError
@@ -144,3 +145,38 @@ def test_other_bits_are_refused(calibrated):
 def test_saving_an_uncalibrated_model_is_refused():
     with pytest.raises(CheckpointError, match="not calibrated"):
         packed_state_dict(fresh())
+
+
+class Counting(nn.Module):
+    """A module with a state that is no tensor."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.layer, self.number = nn.Linear(4, 4), number
+
+    def get_extra_state(self):
+        return {"number": self.number, "names": ["a", "b"]}
+
+    def set_extra_state(self, state):
+        self.number = state["number"]
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_extra_state_that_is_no_tensor_goes_into_a_checkpoint_and_comes_back(nested):
+    models = []
+    for number in (3, 5):
+        model = nn.Sequential(Counting(number)) if nested else Counting(number)
+        quantize_model(model, recipe("minmax").policy)
+        models.append(model)
+    model, other = models
+    x = torch.randn(3, 4)
+    calibrate(model, [x], recipe("minmax"))
+    state = packed_state_dict(model)
+    assert state["0._extra_state" if nested else "_extra_state"] == {"number": 3, "names": ["a", "b"]}
+    other.load_state_dict(state)
+    assert (other[0] if nested else other).number == 3
+    with torch.no_grad():
+        assert torch.equal(model(x), other(x))
