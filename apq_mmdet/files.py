@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ def _plain_value(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Iterable) else str(value)
+
+
+def map_values(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested dicts, lists and tuples as they are, all else through ``function``."""
+    if isinstance(value, Mapping):
+        return {key: map_values(inner, function) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_values(inner, function) for inner in value)
+    return function(value)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,3 +1,6 @@
+from typing import Any
+
+import pytest
 from helpers import build_swin, recipe
 
 from apq_mmdet.layers import LayerRow, quantize_model
@@ -32,8 +35,9 @@ def test_a_table_by_hand():
     assert totals == "1 layers quantized, 1 float; 75.0% of 40 weights in integers"
 
 
-def test_summary_is_one_line_with_ap_sizes_and_time():
-    report = dict(
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return dict(
         bits=dict(weight=4, activation=6),
         recipe="apq",
         scope="backbone",
@@ -42,9 +46,19 @@ def test_summary_is_one_line_with_ap_sizes_and_time():
         calibration_seconds=61.2,
         seconds=90,
     )
+
+
+def test_summary_is_one_line_with_ap_sizes_and_time(report):
     assert summary_line(report) == (
         "W4A6 apq (backbone): float bbox AP 50.0, segm AP 40.0 | quantized bbox AP 49.0 | 2.0 -> 1.0 MiB | "
         "calibration 61 s, total 90 s"
     )
     report["metrics"] = dict(float=None, quantized={"pascal_voc/mAP": 0.25})
     assert "float not measured | quantized pascal_voc/mAP 0.25" in summary_line(report)
+
+
+def test_detections_that_were_only_written_down_are_told_from_none(report):
+    report["metrics"] = dict(float=None, quantized={})
+    assert "float not measured | quantized no metrics (nothing detected?) |" in summary_line(report)
+    report["format_only"] = True
+    assert "float not measured | quantized no metrics (format_only) |" in summary_line(report)

@@ -10,7 +10,8 @@ from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import VISUALIZERS
 
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.errors import BadInputError
+from apq_mmdet.engine.options import refuse_overwriting
+from apq_mmdet.errors import BadInputError, UncalibratedError
 from apq_mmdet.files import check_target, known_globals
 
 
@@ -29,10 +30,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) -> np.ndarray:
-    """The image with one model's detections and a title above, BGR uint8 [H, W, 3]."""
+    """The image with one model's detections and a title above, BGR uint8 [H, W, 3].
+
+    Raises:
+        BadInputError: a float checkpoint for a quantized config.
+    """
     with known_globals():  # of what training leaves beside the weights
         model = init_detector(config, checkpoint, device=args.device)
-    result = inference_detector(model, args.image)
+    try:
+        result = inference_detector(model, args.image)
+    except UncalibratedError as error:
+        raise BadInputError(f"{config} is of a quantized detector, {checkpoint} is no checkpoint of it") from error
     visualizer = VISUALIZERS.build(dict(type="DetLocalVisualizer", name=title, alpha=0.5, line_width=1))
     visualizer.dataset_meta = model.dataset_meta
     image = cv2.cvtColor(cv2.imread(args.image), cv2.COLOR_BGR2RGB)
@@ -67,7 +75,7 @@ def read_models(models: list[str]) -> list[tuple[str, str, str]]:
     for model in models:
         title, _, paths = model.partition("=")
         config, _, checkpoint = paths.partition(",")
-        if not checkpoint:
+        if not (title and checkpoint):
             raise BadInputError(f"expected TITLE=CONFIG,CHECKPOINT, got {model!r}")
         for path in (config, checkpoint):
             if not Path(path).is_file():
@@ -77,13 +85,21 @@ def read_models(models: list[str]) -> list[tuple[str, str, str]]:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """All models side by side."""
+    """All models side by side.
+
+    Raises:
+        BadInputError: an image or a model that cannot be read, or a picture that cannot be written.
+    """
     if cv2.imread(args.image) is None:
         raise BadInputError(f"{args.image} is no image that can be read")
+    if args.scale < 1:
+        raise BadInputError(f"--scale must be at least 1, got {args.scale}")
+    models = read_models(args.models)
     check_target(args.out)
+    refuse_overwriting([args.out], [args.image, *(path for _, *paths in models for path in paths)], "--out")
     if not cv2.haveImageWriter(str(args.out)):
         raise BadInputError(f"--out {args.out} must end in a format of pictures, such as .png")
-    panels = [panel(*model, args) for model in read_models(args.models)]
+    panels = [panel(*model, args) for model in models]
     gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(args.out), np.hstack([part for p in panels for part in (p, gap)][:-1])):

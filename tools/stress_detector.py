@@ -16,7 +16,7 @@ from torch import Tensor
 from apq_mmdet.datasets.calibration import calibration_from_config, calibration_from_folder
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.float_config import build_model, read_config
+from apq_mmdet.engine.float_config import build_model, config_files, read_config
 from apq_mmdet.engine.options import check_seed, refuse_overwriting
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
@@ -51,8 +51,8 @@ def stress_checkpoint(args: argparse.Namespace) -> list[Unevenness]:
     check_seed(args.seed)
     check_factors(args.spread, args.peak)
     check_target(args.out)
-    refuse_overwriting({args.out: args.checkpoint}, "OUT")
     cfg = read_config(args.config)
+    refuse_overwriting([args.out], [args.checkpoint, *config_files(cfg)], "OUT")
     if not isinstance(cfg.get("model"), dict):
         raise BadInputError(f"config {args.config} defines no model")
     if "quant" in cfg.model or "quant" in (cfg.model.get("backbone") or {}):

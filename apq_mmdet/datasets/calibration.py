@@ -3,7 +3,8 @@
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,40 @@ def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
         BadInputError: the config has no test pipeline.
     """
     try:
-        return innermost(cfg.test_dataloader.dataset)[0]["pipeline"]
+        pipeline = innermost(cfg.test_dataloader.dataset)[0]["pipeline"]
     except (AttributeError, KeyError) as error:
         raise BadInputError("the config has no test_dataloader.dataset.pipeline") from error
+    return _from_files(pipeline)
+
+
+def read_from_files(cfg: Config) -> None:
+    """Let the test pipelines of a config start from files, in place.
+
+    In a model's ``cfg``, mmdet's ``inference_detector`` lets them start from arrays once it was given one.
+    """
+    loader = cfg.get("test_dataloader")
+    for dataset in innermost(loader.get("dataset") or {}) if isinstance(loader, dict) else []:
+        if "pipeline" in dataset:
+            dataset["pipeline"] = _from_files(dataset["pipeline"])
+
+
+def _from_files(pipeline: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A pipeline, with a first step that takes an array replaced by the one that reads a file."""
+    match pipeline:
+        case [{"type": kind, **others}, *rest] if class_name(kind) == "LoadImageFromNDArray":
+            return [{"type": "LoadImageFromFile", **others}, *rest]
+    return pipeline
+
+
+def distinct(paths: Iterable[str]) -> list[str]:
+    """Paths without those that lead to the same file as an earlier one."""
+    real_folder = cache(os.path.realpath)
+    first: dict[str, str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        linked = os.path.islink(path)  # all else is where its folder is, which saves asking for each of a million
+        first.setdefault(os.path.realpath(path) if linked else os.path.join(real_folder(folder), name), path)
+    return list(first.values())
 
 
 def choose(images: list[tuple[Any, str]], num: int, seed: int, where: str) -> list[tuple[Any, str]]:
@@ -121,11 +153,15 @@ def choose(images: list[tuple[Any, str]], num: int, seed: int, where: str) -> li
 
 
 def calibration_from_folder(cfg: Config, folder: str, num: int, seed: int) -> CalibrationImages:
-    """``num`` images of a folder (not its subfolders); ids are the file names."""
+    """``num`` images of a folder (not its subfolders); ids are the file names.
+
+    What several links lead to counts once.
+    """
     if not os.path.isdir(folder):
         raise BadInputError(f"calibration folder {folder} does not exist")
     _enter_scope(cfg)
-    images = [(p.name, str(p)) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES]
+    paths = distinct(str(p) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES)
+    images = [(os.path.basename(path), path) for path in paths]
     return CalibrationImages(choose(images, num, seed, f"folder {folder} (without its subfolders)"), test_pipeline(cfg))
 
 

@@ -1,27 +1,42 @@
 """Images for classifiers: a tree with one folder a class, and a folder of calibration images."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apq_mmdet.datasets.calibration import SUFFIXES, CalibrationImages, choose
+from apq_mmdet.datasets.calibration import SUFFIXES, CalibrationImages, choose, distinct
 from apq_mmdet.errors import BadInputError
 
 Transform = Callable[[Image.Image], Tensor]  # an RGB image to [3, H, W]
 
 
 def image_files(folder: str | Path) -> list[str]:
-    """Paths of all images in a folder and its subfolders, in the order of torchvision's ImageFolder."""
-    return [
+    """Paths of all images in a folder and its subfolders, in the order of torchvision's ImageFolder.
+
+    What several links lead to counts once, be it an image or a folder.
+    """
+    return distinct(
         os.path.join(root, name)
-        for root, _, names in sorted(os.walk(folder, followlinks=True))
+        for root, names in sorted(_walk(folder))
         for name in sorted(names)
         if name.lower().endswith(SUFFIXES)
-    ]
+    )
+
+
+def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder once, also where links lead to it or back to one that it is in, and the names of its files."""
+    seen = {os.path.realpath(folder)}
+    for root, below, names in os.walk(folder, followlinks=True):
+        yield root, names
+        new = {}
+        for name in sorted(below):
+            new.setdefault(os.path.realpath(os.path.join(root, name)), name)
+        below[:] = [name for path, name in new.items() if path not in seen]  # tells os.walk where to go on
+        seen |= new.keys()
 
 
 def read_image(path: str) -> Image.Image:

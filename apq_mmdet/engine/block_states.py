@@ -41,7 +41,7 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
                 f"{folder} holds {foreign.name}, which is no block of a calibration: use another --work-dir"
             )
         return
-    run, kept = _described(run), json.loads((folder / DESCRIPTION).read_text())
+    run, kept = _described(run), _kept_description(folder)
     changed = [key for key in run if kept.get(key) != run[key]]
     blocks = 0 if (folder / FINISHED).exists() else len(list(folder.glob("*.pth")))  # that may still be wanted
     if resume and changed:
@@ -60,16 +60,33 @@ def check_folder(folder: Path, run: dict[str, Any], resume: bool) -> None:
         )
 
 
+def _kept_description(folder: Path) -> dict[str, Any]:
+    """What is written down of the run that the blocks in a folder belong to."""
+    try:
+        kept = json.loads((folder / DESCRIPTION).read_text())
+    except ValueError:  # no JSON, or no text at all
+        kept = None
+    if not isinstance(kept, dict):
+        raise BadInputError(
+            f"{folder / DESCRIPTION} is damaged, so that nothing tells whose blocks lie beside it: delete {folder} to "
+            f"start anew"
+        )
+    return kept
+
+
 def _lock(folder: Path) -> None:
     """Keep other processes out for as long as this one lives, though not for the processes that it forks.
 
     Raises:
-        BadInputError: another process is in it.
+        BadInputError: another process is in it, or it cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() not in _LOCKED:
-        refusal = f"another run works in {folder}: wait for its end or use another --work-dir"
-        _LOCKED[folder.resolve()] = lock(folder, refusal)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() not in _LOCKED:
+            refusal = f"another run works in {folder}: wait for its end or use another --work-dir"
+            _LOCKED[folder.resolve()] = lock(folder, refusal)
+    except OSError as error:
+        raise BadInputError(f"--work-dir: {folder} cannot be written to: {error}") from error
 
 
 class BlockStatesOnDisk:
@@ -81,7 +98,7 @@ class BlockStatesOnDisk:
         resume: go on with what is there; otherwise start anew.
 
     Raises:
-        BadInputError: see ``check_folder``; or another process works in the folder.
+        BadInputError: see ``check_folder``; or another process works in the folder, or it cannot be written to.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
@@ -105,9 +122,21 @@ class BlockStatesOnDisk:
         return self.folder / f"{block}.pth"
 
     def load(self, block: str) -> dict[str, Any] | None:
-        """What was saved of a finished block, or None."""
+        """What was saved of a finished block, or None.
+
+        Raises:
+            BadInputError: the file is damaged.
+        """
         path = self._path(block)
-        return torch.load(path, weights_only=True) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            kept = torch.load(path, weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way
+            raise BadInputError(
+                f"{path} is damaged ({type(error).__name__}): delete it, and --resume makes it anew"
+            ) from error
+        return kept
 
     def save(self, block: str, finished: dict[str, Any]) -> None:
         """Keep a finished block, atomically."""

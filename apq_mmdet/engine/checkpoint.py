@@ -65,7 +65,8 @@ def load_float_weights(model: nn.Module, path: str) -> dict[str, Any]:
         del state[key]
     _refuse_other_architecture(own, state, path)
     load_state_dict(model, state, strict=False)
-    return (checkpoint.get("meta") or {}) if "state_dict" in checkpoint else {}
+    meta = checkpoint.get("meta") if "state_dict" in checkpoint else None
+    return meta if isinstance(meta, dict) else {}
 
 
 def _refuse_other_architecture(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: str) -> None:

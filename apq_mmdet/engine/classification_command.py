@@ -38,7 +38,7 @@ from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_repo
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, quantize_model
 from apq_mmdet.models.timm_import import import_timm
-from apq_mmdet.report import render_table, write_report
+from apq_mmdet.report import remove_report, render_table, write_report
 
 SIZES = {"img_size", "patch_size", "window_size"}  # arguments of models for which timm resamples embeddings
 EPILOG = """
@@ -122,7 +122,7 @@ class ClassificationRun:
         check_seed(args.seed)
         check_work_dir(args.work_dir)
         if args.checkpoint:
-            refuse_overwriting({args.work_dir / CHECKPOINT: args.checkpoint}, "--work-dir")
+            refuse_overwriting([args.work_dir / CHECKPOINT], [args.checkpoint], "--work-dir")
         for key in ("batch_size", "workers"):
             least = int(key == "batch_size")
             if getattr(args, key) < least:
@@ -217,6 +217,7 @@ class ClassificationRun:
     def _save(self, report: CalibrationReport) -> None:
         classes = self.evaluated.classes if self.evaluated else None
         described = {**self.description, "classes": classes, "left_float": report.left_float}
+        remove_report(self.work_dir)  # of weights that are there no more
         save_quantized(self.model, self.work_dir / CHECKPOINT, {META_KEY: described})
 
     def _report(self, report: CalibrationReport, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
+from apq_mmdet.engine.block_states import DESCRIPTION
 from apq_mmdet.engine.checkpoint import CHECKPOINT
 from apq_mmdet.engine.exit_codes import exit_code_of
-from apq_mmdet.engine.float_config import read_config
+from apq_mmdet.engine.float_config import config_files, read_config
 from apq_mmdet.engine.options import (
     KeyValues,
     add_bits,
@@ -27,11 +28,12 @@ from apq_mmdet.engine.options import (
     refuse_idle_keys,
     refuse_overwriting,
 )
-from apq_mmdet.engine.quantized_config import CONFIG, quantized_config, with_ptq_loop
+from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG, quantized_config, read_recipe, with_ptq_loop
+from apq_mmdet.engine.run_record import STATES
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import SCOPES
+from apq_mmdet.report import REPORT
 
-RUN_CONFIG = "run_config.py"  # name of the config of a run, as mmengine keeps it in the work dir
 LONGEST_WAIT = 2 * 3600  # seconds that a process waits for the others
 # variables by which each launcher tells a process its rank, the number of processes, and its rank on its node
 LAUNCHER_VARIABLES = {
@@ -125,18 +127,18 @@ def build_config(args: argparse.Namespace) -> Config:
     check_seed(args.seed)
     check_work_dir(args.work_dir)
     refuse_idle_keys(args.cfg_options, lambda key: key.startswith("quant."), "write model.quant.{}")
+    refuse_idle_keys(args.cfg_options, lambda key: key.partition(".")[0] == "data_preprocessor", "write model.{}")
     for key, right in OWN_OPTIONS.items():
         refuse_idle_keys(args.cfg_options, lambda given, key=key: f"{given}.".startswith(f"{key}."), right)
     if args.scope:
         settings["scope"] = args.scope
-    cfg = quantized_config(read_config(args.config), args.recipe, settings)
+    given = read_config(args.config)
+    check_outputs(args, given)
+    cfg = quantized_config(given, args.recipe, settings)
     merge_options(cfg, args.cfg_options)
     for key in ("test_dataloader", "test_evaluator"):
         if not cfg.get(key):
             raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
-    out = Path(args.work_dir)
-    given = {out / CONFIG: args.config, out / RUN_CONFIG: args.config, out / CHECKPOINT: args.checkpoint}
-    refuse_overwriting(given, "--work-dir")
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher
     cfg.load_from, cfg.resume = None, False
@@ -155,6 +157,24 @@ def build_config(args: argparse.Namespace) -> Config:
         allow_overlap=args.allow_overlap,
     )
     return Config(cfg.to_dict(), cfg_text=f"# made from {args.config}", filename=RUN_CONFIG)
+
+
+def check_outputs(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise BadInputError where the run would overwrite what is not of a run: a file that it reads, or a config.
+
+    Args:
+        args: the command's options.
+        cfg: the config as it was read.
+    """
+    out = Path(args.work_dir)
+    read = [args.checkpoint, *config_files(cfg), *(config_files(read_recipe(args.recipe)) if args.recipe else [])]
+    refuse_overwriting([out / name for name in (CONFIG, RUN_CONFIG, CHECKPOINT, REPORT)], read, "--work-dir")
+    # a run writes it after its weights, and those after its blocks
+    if (out / CONFIG).exists() and not ((out / CHECKPOINT).exists() or (out / STATES / DESCRIPTION).exists()):
+        raise BadInputError(
+            f"--work-dir {out} holds a {CONFIG} that was not written by a run, and would be replaced: move it, or "
+            f"use another folder"
+        )
 
 
 def choose_device(device: str | None) -> None:
@@ -215,6 +235,13 @@ def leave_launcher(cfg: Config) -> None:
         torch.distributed.destroy_process_group()
 
 
+class _Runner(Runner):
+    """Leaves the config in the work dir alone until the run has weights to go with it; see PTQLoop."""
+
+    def dump_config(self) -> None:
+        """Nothing: the log holds the config of runs that come to nothing."""
+
+
 def build_runner(cfg: Config) -> Runner:
     """The Runner with the quantized model.
 
@@ -222,7 +249,7 @@ def build_runner(cfg: Config) -> Runner:
         BadInputError: the model cannot be built from the config, or the work dir cannot be made.
     """
     try:
-        return Runner.from_cfg(cfg)
+        return _Runner.from_cfg(cfg)
     except BadInputError:
         raise
     except CANNOT_BE_BUILT as error:

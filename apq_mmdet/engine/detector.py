@@ -1,5 +1,6 @@
 """A detector in memory: quantize it, and save it for mmdet's own tools."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from mmdet.models.detectors.base import BaseDetector
 
 from apq_mmdet.calibration import Recipe, calibrate
 from apq_mmdet.calibration.calibrator import CalibrationReport
+from apq_mmdet.datasets.calibration import read_from_files
 from apq_mmdet.engine.checkpoint import CHECKPOINT, save_quantized
 from apq_mmdet.engine.quantized_config import CONFIG, DEFAULT_RECIPE, quantized_config, standalone_config
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import plain, write_atomic
+from apq_mmdet.files import map_values, plain, write_atomic
 from apq_mmdet.layers import quantize_model
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
@@ -72,5 +74,7 @@ def save_detector(model: BaseDetector, folder: str | Path) -> None:
         raise BadInputError(f"{type(model).__name__} is a float model: quantize it first, with quantize_detector")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_quantized(model, folder / CHECKPOINT, {"dataset_meta": plain(model.dataset_meta)})
-    write_atomic(folder / CONFIG, model.cfg.pretty_text.encode())
+    save_quantized(model, folder / CHECKPOINT, {"dataset_meta": map_values(model.dataset_meta, plain)})
+    cfg = copy.deepcopy(model.cfg)
+    read_from_files(cfg)  # the model may have been shown an array meanwhile
+    write_atomic(folder / CONFIG, cfg.pretty_text.encode())

@@ -17,7 +17,8 @@ from mmdet.datasets import CocoDataset
 from torch import Tensor
 
 from apq_mmdet.engine.checkpoint import META_KEY
-from apq_mmdet.engine.float_config import build_model, read_config
+from apq_mmdet.engine.float_config import build_model, config_files, read_config
+from apq_mmdet.engine.options import refuse_overwriting
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import check_target, safe_load, tensor_bytes, write_atomic
 from apq_mmdet.layers.base import quantized_layers
@@ -92,13 +93,15 @@ def convert_file(source: str, target: Path, config: str | None = None) -> Conver
         config: config of the float detector that the result must fit, key by key and shape by shape.
 
     Raises:
-        BadInputError: no checkpoint of a kind that is converted here, or one that does not fit the config.
+        BadInputError: no checkpoint of a kind that is converted here, one that does not fit the config, or a target
+            that is the source or the config.
     """
     check_target(target)
     conversion = convert(safe_load(source), source)
     if target.exists() and target.samefile(source):
         raise BadInputError(f"{target} is the source itself; name another file to write")
     if config:
+        refuse_overwriting([target], config_files(read_config(config)), "DST")
         check_against(config, conversion.state, source)
     write_atomic(target, tensor_bytes({"meta": conversion.meta, "state_dict": conversion.state}))
     return conversion

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ def check_work_dir(folder: str | Path) -> None:
         raise BadInputError(f"--work-dir {folder}: {there} is a file")
 
 
-def refuse_overwriting(written: dict[Path, str | Path], option: str) -> None:
+def refuse_overwriting(written: Iterable[Path], given: Iterable[str | Path], option: str) -> None:
     """Raise BadInputError where a file that a run writes is one that it was given.
 
     Args:
-        written: files that it writes, each with the one that it must not be.
-        option: that says where they are written.
+        written: files that it writes.
+        given: files that it reads.
+        option: that says where it writes.
     """
-    for path, given in written.items():
-        if Path(given).resolve() == path.resolve():
-            raise BadInputError(f"{option}: the run would overwrite {given}; write elsewhere")
+    targets = {path.resolve() for path in written}
+    for path in given:
+        if Path(path).resolve() in targets:
+            raise BadInputError(f"{option}: the run would overwrite {path}; write elsewhere")
 
 
 def add_bits(parser: argparse.ArgumentParser) -> None:

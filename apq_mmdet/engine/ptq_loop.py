@@ -20,19 +20,19 @@ from apq_mmdet.datasets.calibration import (
 from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
 from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, load_float_weights, save_quantized
 from apq_mmdet.engine.plan import make_plan, render_plan
-from apq_mmdet.engine.quantized_config import CONFIG, standalone_config
+from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG, standalone_config
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import plain, write_atomic
+from apq_mmdet.files import map_values, plain, write_atomic
 from apq_mmdet.layers import float_only
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.registry import LOOPS
-from apq_mmdet.report import render_table, write_report
+from apq_mmdet.report import remove_report, render_table, write_report
 
 
 @LOOPS.register_module()
 class PTQLoop(TestLoop):
-    """Calibrates, saves ``quantized.pth``, ``config.py`` and ``report.json`` to the work dir, then evaluates.
+    """Calibrates, saves ``quantized.pth`` and its configs to the work dir, evaluates, and writes ``report.json``.
 
     Args:
         runner, dataloader, evaluator, fp16: as for TestLoop.
@@ -185,16 +185,23 @@ class PTQLoop(TestLoop):
         meta: dict[str, Any] = {META_KEY: self.run_description}
         dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
         if dataset_meta:
-            meta["dataset_meta"] = plain(dataset_meta)
+            meta["dataset_meta"] = map_values(dataset_meta, plain)  # mmengine draws with tuples, not with lists
+        remove_report(self.work_dir)  # of weights that are there no more
         save_quantized(self.model, self.work_dir / CHECKPOINT, meta)
         config = standalone_config(self.runner.cfg, report.left_float)
         write_atomic(self.work_dir / CONFIG, config.pretty_text.encode())
+        write_atomic(self.work_dir / RUN_CONFIG, self.runner.cfg.pretty_text.encode())
 
     def _dataset_meta(self) -> dict[str, Any] | None:
         """Class names and so on, of a float checkpoint that has none of mmdet 3."""
         if "CLASSES" in self.float_meta:  # of mmdet 2
             return {key.lower(): self.float_meta[key] for key in ("CLASSES", "PALETTE") if key in self.float_meta}
         return self.dataloader.dataset.metainfo if self.evaluate or self.eval_float else self.images.metainfo
+
+    def _only_formats(self) -> bool:
+        """Whether a metric writes detections down and measures nothing."""
+        metrics = self.evaluator.metrics if self.evaluate or self.eval_float else []
+        return any(getattr(metric, "format_only", False) for metric in metrics)
 
     def _report(self, report: CalibrationReport, seconds: float, metrics: dict[str, Any]) -> dict[str, Any]:
         recipe = self.model.recipe
@@ -212,4 +219,5 @@ class PTQLoop(TestLoop):
                 table=self.model.quantization_table,
             ),
             "evaluated_calibration_images": self.seen,
+            **({"format_only": True} if self._only_formats() else {}),
         }

@@ -2,7 +2,7 @@
 
 import ast
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -17,14 +17,17 @@ from mmengine.hooks import EMAHook
 from mmengine.registry import Registry
 
 from apq_mmdet.checks import check_choice
+from apq_mmdet.datasets.calibration import read_from_files
 from apq_mmdet.engine.float_config import read_config
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.files import map_values
 from apq_mmdet.models.detectors import QuantizedDetector, register_quantized_detectors
 from apq_mmdet.registry import MODELS, SCOPE, class_name
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
 CONFIG = "config.py"  # in a work dir: of the quantized detector
+RUN_CONFIG = "run_config.py"  # in a work dir: of the run that made it
 KEPT = ("w_bits", "a_bits", "scope", "overrides")  # keys of a config's own quant that say nothing about the method
 # all twelve COCO numbers; mmdet's CocoMetric gives six by default
 COCO_ITEMS = [
@@ -77,6 +80,9 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     cfg = _with_names(cfg)
     if not (isinstance(cfg.get("model"), dict) and cfg.model.get("type")):
         raise BadInputError("the config defines no model with a type")
+    if "data_preprocessor" in cfg and "data_preprocessor" not in cfg.model:  # a Runner gives it to the model
+        cfg.model.data_preprocessor = cfg.pop("data_preprocessor")
+    read_from_files(cfg)
     own, inherited = _take_quant(cfg), cfg.pop("quant", None)  # of an inherited recipe, which the model may have
     quant = own = inherited if own is None else own
     if own is not None and not isinstance(own, dict):
@@ -130,20 +136,11 @@ def _with_names(cfg: Config) -> Config:
     module of losses and a function in it can share a name.
     """
     kept = {key: cfg[key] for key in cfg.to_dict()}  # without what a lazy config has imported
-    named = _map_values(kept, lambda value: _name_of(value) if isinstance(value, TYPES) else value)
+    named = map_values(kept, lambda value: _name_of(value) if isinstance(value, TYPES) else value)
     if named == kept:
         return copy.deepcopy(cfg)
     named["default_scope"] = named.get("default_scope") or "mmdet"
     return Config(named, filename=cfg.filename)
-
-
-def _map_values(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Nested containers as they are, all else through ``function``."""
-    if isinstance(value, Mapping):
-        return {key: _map_values(inner, function) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map_values(inner, function) for inner in value)
-    return function(value)
 
 
 def _name_of(kind: Any) -> str:
@@ -220,7 +217,7 @@ def _writable(cfg: Config) -> Config:
     """A copy of values that mean the same in a file: paths as text, without what only helped to write the config."""
     kept: dict[str, Any] = {}
     for key, value in cfg.to_dict().items():
-        kept[key] = _map_values(value, _as_literal)
+        kept[key] = map_values(value, _as_literal)
         strange = next((leaf for leaf in _leaves(kept[key]) if not _is_literal(leaf[1])), None)
         if strange and not strange[0]:  # of no use to a Runner, which reads containers and literals
             del kept[key]

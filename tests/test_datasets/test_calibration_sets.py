@@ -75,6 +75,15 @@ def test_images_are_told_by_their_suffix_in_any_case(cfg, tmp_path):
     assert sorted(calibration_from_folder(cfg, str(tmp_path), 3, 0).ids) == ["B.JPG", "a.png", "c.Jpeg"]
 
 
+def test_an_image_counts_once_whatever_links_lead_to_it(cfg, tmp_path):
+    (tmp_path / "b.png").touch()
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).symlink_to("b.png")
+    assert calibration_from_folder(cfg, str(tmp_path), 1, 0).ids == ["a.png"]
+    with pytest.raises(BadInputError, match=r"2 calibration images asked for, folder .* holds 1"):
+        calibration_from_folder(cfg, str(tmp_path), 2, 0)
+
+
 def test_an_image_of_which_the_pipeline_makes_nothing_is_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     images = CalibrationImages([(0, str(tmp_path / "empty.png"))], [dict(type="LoadImageFromFile", ignore_empty=True)])

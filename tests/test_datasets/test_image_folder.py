@@ -1,10 +1,11 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list, read_image
+from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, image_files, read_class_list, read_image
 from apq_mmdet.engine.classification import make_transform
 
 
@@ -25,6 +26,20 @@ def test_folders_are_read_as_torchvision_reads_them(tmp_path):
     assert own.classes == other.classes == ["B", "b10", "b9", "linked"]
     assert own.samples == other.samples
     assert own[0][0].size == (6, 4)
+
+
+def test_what_several_links_lead_to_counts_once(tmp_path):
+    root = tmp_path / "root"
+    touch(root / "a" / "1.png", root / "a" / "b" / "2.png", tmp_path / "elsewhere" / "3.png")
+    (root / "a" / "back").symlink_to("..")
+    (root / "a" / "b" / "again.png").symlink_to("2.png")
+    (root / "a" / "other.png").symlink_to(tmp_path / "elsewhere" / "3.png")
+    for name in ("c", "d"):
+        (root / name).symlink_to(tmp_path / "elsewhere")
+    found = image_files(root)
+    assert [os.path.relpath(path, root) for path in found] == ["a/1.png", "a/other.png", "a/b/2.png"]
+    (root / "a" / "other.png").unlink()
+    assert [os.path.relpath(path, root) for path in image_files(root)] == ["a/1.png", "a/b/2.png", "c/3.png"]
 
 
 def test_images_without_colour_are_read_as_red_green_and_blue(tmp_path):

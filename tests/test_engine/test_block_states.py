@@ -127,6 +127,38 @@ def test_a_block_that_cannot_be_saved_leaves_what_was_kept(tmp_path, monkeypatch
     assert states.load("stages.0") == {"seconds": 1.0}
 
 
+def test_a_damaged_block_is_made_again_once_it_is_deleted(tmp_path):
+    block = tmp_path / "stages.0.pth"
+    states = with_a_block(tmp_path)
+    for content in (b"", b"no archive", block.read_bytes()[:-100]):
+        block.write_bytes(content)
+        with pytest.raises(BadInputError, match=r"stages\.0\.pth is damaged \(\w+\): delete it, and --resume"):
+            states.load("stages.0")
+    block.unlink()
+    assert BlockStatesOnDisk(tmp_path, RUN, resume=True).load("stages.0") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_damaged_description_is_told_with_its_remedy(tmp_path, content, resume):
+    with_a_block(tmp_path)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(BadInputError, match=r"run\.json is damaged, .*: delete .* to start anew"):
+        BlockStatesOnDisk(tmp_path, RUN, resume)
+    assert "stages.0.pth" in names(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError("permission denied")
+
+    for what in ("pathlib.Path.mkdir", "apq_mmdet.engine.block_states.lock"):
+        with monkeypatch.context() as patched:
+            patched.setattr(what, fail)
+            with pytest.raises(BadInputError, match=r"--work-dir: .*calibration cannot be written to: permission"):
+                BlockStatesOnDisk(tmp_path / "calibration", RUN, resume=False)
+
+
 def test_blocks_of_another_format_are_not_resumed(tmp_path, monkeypatch):
     with_a_block(tmp_path)
     monkeypatch.setattr("apq_mmdet.engine.block_states.FORMAT", 99)

@@ -127,6 +127,11 @@ def test_downloads_are_timms_and_asked_for(monkeypatch):
     assert asked == [False, True]
 
 
+def test_a_work_dir_that_cannot_be_made(folders, classifiers, capsys):
+    assert main(options(folders, classifiers, "/proc/none/work", "--no-eval")) == 2
+    assert "--work-dir: /proc/none/work/calibration cannot be written to: " in capsys.readouterr().err
+
+
 def test_what_a_run_reads_is_not_overwritten(folders, classifiers, tmp_path, capsys):
     own = tmp_path / "quantized.pth"
     own.write_bytes(classifiers[VIT].read_bytes())

@@ -80,6 +80,7 @@ def test_a_pickle_with_code_is_refused(config, tmp_path, capsys):
         (["--memory-budget", "nan"], "--memory-budget must be a number of GiB above 0, got nan"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
         (["--cfg-options", "quant.w_bits=4"], "quant.w_bits would change nothing here: write model.quant.w_bits"),
+        (["--cfg-options", "data_preprocessor.mean=[0,0,0]"], "write model.data_preprocessor.mean"),
         (["--cfg-options", "work_dir=there"], "work_dir would change nothing here: use --work-dir"),
         (["--cfg-options", "load_from=a.pth"], "load_from would .*: the checkpoint is the second argument"),
         (["--cfg-options", "randomness.seed=7"], "randomness.seed would change nothing here: use --seed"),
@@ -131,14 +132,17 @@ def test_what_a_run_reads_is_not_overwritten(config, tmp_path, capsys, which, na
     assert own.read_bytes() == before
 
 
-def test_a_refused_run_leaves_an_earlier_config(config, tmp_path, capsys):
-    (tmp_path / "config.py").write_text("earlier = True\n")
+def test_a_refused_run_leaves_what_an_earlier_one_wrote(config, tmp_path, capsys):
+    (tmp_path / "quantized.pth").touch()
+    for name in ("config.py", "run_config.py"):
+        (tmp_path / name).write_text("earlier = True\n")
     float_config = tmp_path / "configs" / "config.py"
     float_config.parent.mkdir()
     float_config.write_text(f"_base_ = {str(config)!r}\n")
     assert quantize(float_config, tmp_path, "--dry-run", "--num-calib", "999") == 2
     assert "999 calibration images asked for" in capsys.readouterr().err
-    assert (tmp_path / "config.py").read_text() == "earlier = True\n"
+    for name in ("config.py", "run_config.py"):
+        assert (tmp_path / name).read_text() == "earlier = True\n"
 
 
 def test_a_work_dir_whose_folder_for_blocks_holds_the_images(config, data, tmp_path, capsys):

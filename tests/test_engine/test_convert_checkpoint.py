@@ -363,6 +363,8 @@ def test_what_the_tool_refuses(tool, demo, tmp_path, capsys):
     (tmp_path / "empty.py").write_text("a = 1\n")
     assert "no model can be built" in refused(source, tmp_path / "new.pth", "--config", tmp_path / "empty.py")
     assert "is the source itself" in refused(source, source)
+    assert "DST: the run would overwrite" in refused(source, tmp_path / "empty.py", "--config", tmp_path / "empty.py")
+    assert (tmp_path / "empty.py").read_text() == "a = 1\n"
     assert "is a folder" in refused(source, tmp_path)
     assert "old.pth is a file" in refused(source, source / "below.pth")
     assert source.read_bytes() == content

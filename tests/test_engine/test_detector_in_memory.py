@@ -2,14 +2,18 @@
 
 import inspect
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
+from mmdet.apis import inference_detector
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from apq_mmdet.calibration.calibrator import CalibrationReport
-from apq_mmdet.engine import detector, quantize_detector
+from apq_mmdet.datasets import calibration
+from apq_mmdet.engine import detector, quantize_detector, save_detector
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import quantized_layers
 
@@ -68,6 +72,33 @@ def test_layers_without_data_are_float_in_the_config_too(model, handed):
     quantize_detector(model, IMAGES, "minmax")
     rules = model.cfg.model.quant.overrides.values()
     assert [(rule.pattern, rule.float) for rule in rules] == [(UNSEEN, True)]
+
+
+@pytest.fixture
+def steps() -> list[dict[str, Any]]:
+    """Of a test pipeline that starts from files."""
+    keys = ("img_path", "ori_shape", "img_shape", "scale_factor")
+    load, pack = dict(type="LoadImageFromFile", to_float32=True), dict(type="PackDetInputs", meta_keys=keys)
+    return [load, dict(type="Resize", scale=(32, 32), keep_ratio=True), pack]
+
+
+def test_a_detector_that_was_shown_an_array_is_saved_as_one_that_reads_files(
+    model, handed, steps, tmp_path, monkeypatch
+):
+    model.cfg.test_dataloader = dict(dataset=dict(type="CocoDataset", pipeline=steps))
+    model.dataset_meta = dict(classes=("a", "b"), palette=[(1, 2, 3), (4, 5, 6)])
+    monkeypatch.setattr(model, "test_step", lambda _: [None])  # what is detected does not matter
+    inference_detector(model, np.zeros((32, 32, 3), np.uint8))
+    first = model.cfg.test_dataloader.dataset.pipeline[0]
+    assert first.type == "mmdet.LoadImageFromNDArray"
+    assert calibration.test_pipeline(model.cfg) == steps
+    quantize_detector(model, IMAGES, "minmax")
+    assert model.cfg.test_dataloader.dataset.pipeline == steps
+    model.cfg.test_dataloader.dataset.pipeline[0] = first
+    with patch.object(detector, "save_quantized") as saved:
+        save_detector(model, tmp_path)
+    assert Config.fromfile(tmp_path / "config.py").test_dataloader.dataset.pipeline == steps
+    assert saved.call_args.args[2] == {"dataset_meta": model.dataset_meta}  # with tuples, which mmengine draws with
 
 
 def test_heads_that_no_task_runs_are_refused_in_scope_detector(model, handed):

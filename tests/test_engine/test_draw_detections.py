@@ -8,6 +8,7 @@ from helpers import CHECKPOINT, ROOT
 from mmengine.logging import HistoryBuffer
 
 CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_swin-demo.py"
+QUANTIZED = CONFIG.with_name("mask-rcnn_swin-demo_apq-w8a8.py")
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def draw(tmp_path, monkeypatch):
     cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
 
     def call(out, *models):
-        monkeypatch.setattr("sys.argv", ["draw_detections.py", str(image), *models, "--out", str(out)])
+        monkeypatch.setattr("sys.argv", ["draw_detections.py", str(image), *map(str, models), "--out", str(out)])
         with pytest.raises(SystemExit) as ended:
             tool.main()
         return ended.value.code
@@ -46,8 +47,26 @@ def test_models_side_by_side_also_of_checkpoints_that_training_wrote(draw, tmp_p
         (".", f"a={CONFIG},{CHECKPOINT}", "is a folder; name a file to write"),
         ("picture.png", f"a={CONFIG}", "expected TITLE=CONFIG,CHECKPOINT"),
         ("picture.png", f"a={CONFIG},none.pth", "none.pth does not exist"),
+        ("picture.png", f"={CONFIG},{CHECKPOINT}", "expected TITLE=CONFIG,CHECKPOINT, got '="),
+        ("picture.png", f"a={QUANTIZED},{CHECKPOINT}", "is no checkpoint of it"),
+        ("image.png", f"a={CONFIG},{CHECKPOINT}", "--out: the run would overwrite"),
     ],
 )
 def test_bad_input(draw, tmp_path, capsys, name, model, message):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert draw(tmp_path / name, model) == 2
     assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_picture_of_no_size_is_refused(draw, tmp_path, capsys):
+    assert draw(tmp_path / "picture.png", f"a={CONFIG},{CHECKPOINT}", "--scale", "0") == 2
+    assert "--scale must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_models_that_a_picture_is_drawn_with_are_not_overwritten(draw, tmp_path, capsys):
+    weights = tmp_path / "weights.png"
+    weights.write_bytes(b"weights")
+    assert draw(weights, f"a={CONFIG},{CHECKPOINT}", f"b={CONFIG},{weights}") == 2
+    assert f"--out: the run would overwrite {weights}" in capsys.readouterr().err
+    assert weights.read_bytes() == b"weights"

@@ -13,7 +13,7 @@ from mmengine.hooks import EMAHook
 from apq_mmdet.calibration import Recipe
 from apq_mmdet.engine import command
 from apq_mmdet.engine.checkpoint import load_float_weights
-from apq_mmdet.engine.float_config import read_config
+from apq_mmdet.engine.float_config import build_model, read_config
 from apq_mmdet.engine.ptq_loop import PTQLoop
 from apq_mmdet.engine.quantized_config import load_recipe, quantized_config, standalone_config
 from apq_mmdet.errors import BadInputError
@@ -213,6 +213,27 @@ def test_a_preprocessors_buffers_of_old_checkpoints_do_not_count(tmp_path):
     torch.save({**content, "meta": None}, tmp_path / "old.pth")
     assert load_float_weights(model, str(tmp_path / "old.pth")) == {}
     assert torch.equal(model.state_dict()["backbone.norm0.weight"], content["state_dict"]["backbone.norm0.weight"])
+
+
+@pytest.mark.parametrize("meta", ["text", ["a", "list"], 3])
+def test_a_meta_that_is_no_dict_says_nothing(tmp_path, meta):
+    torch.save({"meta": meta, "state_dict": {"weight": torch.zeros(1, 1)}}, tmp_path / "odd.pth")
+    assert load_float_weights(torch.nn.Linear(1, 1, bias=False), str(tmp_path / "odd.pth")) == {}
+
+
+def test_a_preprocessor_beside_the_model_is_the_models_where_that_has_none():
+    """As for mmengine's Runner."""
+    cfg = Config.fromfile(FLOAT)
+    own = dict(cfg.model.pop("data_preprocessor"), mean=[1.0, 2.0, 3.0])
+    cfg.data_preprocessor = own
+    made = standalone_config(quantized_config(cfg, "minmax", {}), [])
+    assert made.model.data_preprocessor == own
+    assert "data_preprocessor" not in made
+    assert build_model(cfg).data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
+    assert "data_preprocessor" not in cfg.model
+    cfg.model.data_preprocessor = dict(own, mean=[4.0, 5.0, 6.0])
+    assert quantized_config(cfg, "minmax", {}).model.data_preprocessor.mean == [4, 5, 6]
+    assert build_model(cfg).data_preprocessor.mean.flatten().tolist() == [4, 5, 6]
 
 
 def test_class_names_of_an_mmdet_2_checkpoint_are_kept():

@@ -4,12 +4,14 @@ import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import CHECKPOINT, recipe
 from mmengine.config import Config
 from quick_command import quantize
 from small_classifiers import VIT, options
+from torch import nn
 
 import apq_mmdet
 from apq_mmdet.calibration.calibrator import CalibrationReport
@@ -79,7 +81,45 @@ def test_a_checkpoint_says_which_run_made_it_and_keeps_the_classes_of_the_float_
     saved = []
     monkeypatch.setattr(ptq_loop, "save_quantized", lambda model, path, meta: saved.append((path.name, meta)))
     PTQLoop._save(loop, NOTHING_DONE)
-    assert saved == [("quantized.pth", {"apq_mmdet": {"seed": 5}, "dataset_meta": {"classes": ["cat", "dog"]}})]
+    assert saved == [("quantized.pth", {"apq_mmdet": {"seed": 5}, "dataset_meta": {"classes": ("cat", "dog")}})]
+
+
+def test_colours_of_classes_come_back_as_mmengine_draws_them(loop, tmp_path):
+    palette = [(220, 20, 60), (119, 11, 32)]
+    loop.model = nn.Linear(1, 1)
+    loop.float_meta["dataset_meta"] = {"classes": ("cat", "dog"), "palette": palette, "sizes": np.array([1, 2])}
+    PTQLoop._save(loop, NOTHING_DONE)
+    meta = torch.load(tmp_path / "quantized.pth", weights_only=True)["meta"]["dataset_meta"]
+    assert meta == {"classes": ("cat", "dog"), "palette": palette, "sizes": [1, 2]}
+
+
+def test_weights_config_and_run_config_lie_together_and_no_report_of_others(loop, tmp_path):
+    loop.model = nn.Linear(1, 1)
+    (tmp_path / "report.json").write_text("{}")
+    PTQLoop._save(loop, NOTHING_DONE)
+    assert {path.name for path in tmp_path.iterdir()} == {"quantized.pth", "config.py", "run_config.py"}
+    assert Config.fromfile(tmp_path / "run_config.py").model == loop.runner.cfg.model
+
+
+@pytest.mark.parametrize("module", [ptq_loop, classification_command])
+def test_a_report_goes_before_the_weights_that_it_tells_of(loop, tmp_path, monkeypatch, module):
+    def fail(*_):
+        assert not (tmp_path / "report.json").exists()
+        raise KeyboardInterrupt
+
+    (tmp_path / "report.json").write_text("{}")
+    monkeypatch.setattr(module, "save_quantized", fail)
+    loop.description, loop.evaluated = {}, None
+    kind = PTQLoop if module is ptq_loop else classification_command.ClassificationRun
+    with pytest.raises(KeyboardInterrupt):
+        kind._save(loop, NOTHING_DONE)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_run_that_only_writes_detections_down_says_so(evaluated):
+    metrics = [SimpleNamespace(), SimpleNamespace(format_only=True)]
+    loop = SimpleNamespace(evaluate=evaluated, eval_float=False, evaluator=SimpleNamespace(metrics=metrics))
+    assert PTQLoop._only_formats(loop) is evaluated
 
 
 def test_a_config_that_cannot_be_written_leaves_the_earlier_one(loop, tmp_path, monkeypatch):
