@@ -58,11 +58,11 @@ def _plain_value(value: Any) -> Any:
 
 
 def map_values(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Nested dicts, lists and tuples as they are, all else through ``function``."""
+    """Nested dicts, lists and tuples (named ones without their names), all else through ``function``."""
     if isinstance(value, Mapping):
         return {key: map_values(inner, function) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map_values(inner, function) for inner in value)
+        return (tuple if isinstance(value, tuple) else list)(map_values(inner, function) for inner in value)
     return function(value)
 
 

@@ -5,7 +5,7 @@ import pickle
 import sys
 import types
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, namedtuple
 
 import addict
 import mmengine
@@ -15,7 +15,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import check_target, plain, safe_load, tensor_bytes, write_atomic, write_json
+from apq_mmdet.files import check_target, map_values, plain, safe_load, tensor_bytes, write_atomic, write_json
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -187,6 +187,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_containers_of_values_stay_what_they_are_but_for_names():
+    label = namedtuple("Label", "name number")
+    given = {"classes": ("cat",), "palette": [(1, 2)], "labels": [label("cat", 1)]}
+    assert map_values(given, str) == {"classes": ("cat",), "palette": [("1", "2")], "labels": [("cat", "1")]}
+    assert type(map_values(given, str)["labels"][0]) is tuple
 
 
 def test_equal_content_gives_equal_bytes():

@@ -366,7 +366,7 @@ def _finish_one(
 
 
 def _state_of(block: nn.Module, whole: bool) -> dict[str, Tensor]:
-    state = block.state_dict()
+    state = {key: value for key, value in block.state_dict().items() if isinstance(value, Tensor)}
     return {key: value.cpu().clone() for key, value in state.items() if whole or "quantizers." in key}
 
 

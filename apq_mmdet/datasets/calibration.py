@@ -119,14 +119,14 @@ def read_from_files(cfg: Config) -> None:
     """
     loader = cfg.get("test_dataloader")
     for dataset in innermost(loader.get("dataset") or {}) if isinstance(loader, dict) else []:
-        if "pipeline" in dataset:
+        if isinstance(dataset, dict) and "pipeline" in dataset:
             dataset["pipeline"] = _from_files(dataset["pipeline"])
 
 
 def _from_files(pipeline: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A pipeline, with a first step that takes an array replaced by the one that reads a file."""
     match pipeline:
-        case [{"type": kind, **others}, *rest] if class_name(kind) == "LoadImageFromNDArray":
+        case [{"type": "mmdet.LoadImageFromNDArray", **others}, *rest]:  # as it writes it
             return [{"type": "LoadImageFromFile", **others}, *rest]
     return pipeline
 
@@ -137,7 +137,7 @@ def distinct(paths: Iterable[str]) -> list[str]:
     first: dict[str, str] = {}
     for path in paths:
         folder, name = os.path.split(path)
-        linked = os.path.islink(path)  # all else is where its folder is, which saves asking for each of a million
+        linked = os.path.islink(path)  # all else is where its folder is
         first.setdefault(os.path.realpath(path) if linked else os.path.join(real_folder(folder), name), path)
     return list(first.values())
 

@@ -17,14 +17,14 @@ Transform = Callable[[Image.Image], Tensor]  # an RGB image to [3, H, W]
 def image_files(folder: str | Path) -> list[str]:
     """Paths of all images in a folder and its subfolders, in the order of torchvision's ImageFolder.
 
-    What several links lead to counts once, be it an image or a folder.
+    A folder to which several links lead counts once.
     """
-    return distinct(
+    return [
         os.path.join(root, name)
         for root, names in sorted(_walk(folder))
         for name in sorted(names)
         if name.lower().endswith(SUFFIXES)
-    )
+    ]
 
 
 def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
@@ -137,7 +137,7 @@ class FolderImages(CalibrationImages):
     def __init__(self, folder: str | Path, num: int, seed: int, transform: Transform) -> None:
         if not os.path.isdir(folder):
             raise BadInputError(f"calibration folder {folder} does not exist")
-        images = [(os.path.relpath(path, folder), path) for path in image_files(folder)]
+        images = [(os.path.relpath(path, folder), path) for path in distinct(image_files(folder))]
         super().__init__(choose(images, num, seed, f"folder {folder}"), pipeline=())
         self._transform = transform
 

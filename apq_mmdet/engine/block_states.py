@@ -132,6 +132,8 @@ class BlockStatesOnDisk:
             return None
         try:
             kept = torch.load(path, weights_only=True)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # a damaged file can fail in any way
             raise BadInputError(
                 f"{path} is damaged ({type(error).__name__}): delete it, and --resume makes it anew"

@@ -169,8 +169,8 @@ def check_outputs(args: argparse.Namespace, cfg: Config) -> None:
     out = Path(args.work_dir)
     read = [args.checkpoint, *config_files(cfg), *(config_files(read_recipe(args.recipe)) if args.recipe else [])]
     refuse_overwriting([out / name for name in (CONFIG, RUN_CONFIG, CHECKPOINT, REPORT)], read, "--work-dir")
-    # a run writes it after its weights, and those after its blocks
-    if (out / CONFIG).exists() and not ((out / CHECKPOINT).exists() or (out / STATES / DESCRIPTION).exists()):
+    traces = (CHECKPOINT, RUN_CONFIG, REPORT, f"{STATES}/{DESCRIPTION}")
+    if (out / CONFIG).exists() and not any((out / name).exists() for name in traces):
         raise BadInputError(
             f"--work-dir {out} holds a {CONFIG} that was not written by a run, and would be replaced: move it, or "
             f"use another folder"

@@ -7,6 +7,7 @@ from PIL import Image
 
 from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, image_files, read_class_list, read_image
 from apq_mmdet.engine.classification import make_transform
+from apq_mmdet.errors import BadInputError
 
 
 def touch(*paths):
@@ -28,7 +29,7 @@ def test_folders_are_read_as_torchvision_reads_them(tmp_path):
     assert own[0][0].size == (6, 4)
 
 
-def test_what_several_links_lead_to_counts_once(tmp_path):
+def test_links_lead_to_each_folder_once_and_calibration_takes_each_image_once(tmp_path):
     root = tmp_path / "root"
     touch(root / "a" / "1.png", root / "a" / "b" / "2.png", tmp_path / "elsewhere" / "3.png")
     (root / "a" / "back").symlink_to("..")
@@ -36,10 +37,12 @@ def test_what_several_links_lead_to_counts_once(tmp_path):
     (root / "a" / "other.png").symlink_to(tmp_path / "elsewhere" / "3.png")
     for name in ("c", "d"):
         (root / name).symlink_to(tmp_path / "elsewhere")
-    found = image_files(root)
-    assert [os.path.relpath(path, root) for path in found] == ["a/1.png", "a/other.png", "a/b/2.png"]
-    (root / "a" / "other.png").unlink()
-    assert [os.path.relpath(path, root) for path in image_files(root)] == ["a/1.png", "a/b/2.png", "c/3.png"]
+    found = [os.path.relpath(path, root) for path in image_files(root)]
+    assert found == ["a/1.png", "a/other.png", "a/b/2.png", "a/b/again.png", "c/3.png"]
+    drawn = FolderImages(root, 3, 0, lambda image: image)
+    assert sorted(drawn.ids) == ["a/1.png", "a/b/2.png", "a/other.png"]
+    with pytest.raises(BadInputError, match=r"4.*3|3.*4"):
+        FolderImages(root, 4, 0, lambda image: image)
 
 
 def test_images_without_colour_are_read_as_red_green_and_blue(tmp_path):
