@@ -375,7 +375,7 @@ def _load_state(block: nn.Module, state: dict[str, Tensor]) -> None:
     kept = {key: value for key, value in state.items() if "quantizers." in key}
     if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in kept.items()}:
         raise CalibrationError("the kept state of a block does not fit the model: start again without --resume")
-    if len(kept) == len(state):
+    if len(kept) == len(state):  # not by a loader, which asks a quantized model for all of its state
         for key, value in own.items():
             value.copy_(state[key])
     else:
