@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.base import Quantizer
-from apq_mmdet.quantizers.straight_through import is_trained, straight_through
+from apq_mmdet.quantizers.straight_through import is_trained, straight_through, unclipped
 
 
 class NonlinearQuantizer(Quantizer):
@@ -51,7 +51,6 @@ class NonlinearQuantizer(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the base class."""
         codes = self.positions(x.detach())
-        values = self.values(codes.clamp(self.code_min, self.code_max))
-        if is_trained(x):
-            return straight_through(x, values, (codes >= self.code_min) & (codes <= self.code_max))
-        return values
+        clipped = codes.clamp(self.code_min, self.code_max)
+        values = self.values(clipped)
+        return straight_through(x, values, unclipped(codes, clipped)) if is_trained(x) else values

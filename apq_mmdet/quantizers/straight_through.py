@@ -23,6 +23,14 @@ def is_trained(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+def unclipped(codes: Tensor, clipped: Tensor) -> Tensor:
+    """1 where clipping left a code as it was and 0 elsewhere, in place of the codes.
+
+    As floats, because a CPU takes five times as long to multiply a gradient by booleans.
+    """
+    return codes.eq_(clipped)
+
+
 def straight_through(x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-    """``values``, whose gradient is that of ``x`` where ``inside`` and zero elsewhere; all of one shape."""
+    """``values``, whose gradient is that of ``x`` times ``inside``, which is ``unclipped``; all of one shape."""
     return _StraightThrough.apply(x, values, inside)

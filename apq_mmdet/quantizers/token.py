@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.dynamic import DynamicQuantizer
-from apq_mmdet.quantizers.straight_through import is_trained, straight_through
+from apq_mmdet.quantizers.straight_through import is_trained, straight_through, unclipped
 from apq_mmdet.registry import QUANTIZERS
 
 
@@ -49,6 +49,7 @@ class TokenAffineQuantizer(DynamicQuantizer):
         low, step = self.grid(x)
         codes = torch.sub(x.detach(), low).div_(step).round_()
         if is_trained(x):
-            inside = (codes >= 0) & (codes <= self.code_max)
-            return straight_through(x, codes.clamp_(0, self.code_max).mul_(step).add_(low), inside)
+            clipped = codes.clamp(0, self.code_max)
+            inside = unclipped(codes, clipped)
+            return straight_through(x, clipped.mul_(step).add_(low), inside)
         return codes.clamp_(0, self.code_max).mul_(step).add_(low)
