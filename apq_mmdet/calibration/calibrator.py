@@ -117,7 +117,7 @@ def calibrate(
     Raises:
         BadInputError: see ``check_model``.
         CalibrationError: no samples, a quantizer that saw no data, or NaN or infinite values, a zero or non-finite
-            gradient.
+            gradient, or inference mode where gradients are needed.
 
     Whatever is raised, also by an interrupt, leaves a model whose quantizers are not calibrated; its weights may have
     changed, where the recipe changes weights.
@@ -128,6 +128,10 @@ def calibrate(
     check_model(model, recipe)
     task = task or FeatureTask()
     blocks = partition(model)
+    if torch.is_inference_mode_enabled() and (recipe.reconstruction or any(map(recipe.needs_gradients, blocks))):
+        raise CalibrationError(
+            "this recipe needs gradients, which torch.inference_mode() forbids: calibrate outside of it"
+        )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

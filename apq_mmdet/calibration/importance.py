@@ -232,7 +232,7 @@ def _check_calls(blocks: list[str], image: int, store: CaptureStore, grads: Grad
 
 
 def _check_disturbed(student: Any, teacher: Any, loss: Tensor) -> None:
-    pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
+    pairs = [(s, t) for s, t in zip(tensors_of(student), tensors_of(teacher), strict=True) if t.is_floating_point()]
     power = sum(float(t.double().square().sum()) for _, t in pairs)
     error = sum(float((s.detach() - t).double().square().sum()) for s, t in pairs)
     if not torch.isfinite(loss):

@@ -16,7 +16,7 @@ from apq_mmdet.calibration.distributed import by_shard
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import quantizers_of
-from apq_mmdet.layers.output_compensation import NAME, OutputCompensation
+from apq_mmdet.layers.output_compensation import NAME, OutputCompensation, input_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 DAMPING = 0.01  # of W's ridge, relative to the mean power of the input's channels
@@ -57,7 +57,7 @@ def fit_output_compensation(block: nn.Module, module: nn.Module, calls: UnitCall
 
 def _sums(module: nn.Module, tile: UnitCall) -> Tensor:
     """With z = (x, 1), the sums over tokens of z z^T and of (y - y_q) z^T, stacked: float64 [2 C + 1, C + 1]."""
-    x = tile.args[0].flatten(0, -2)  # [tokens, C]
+    x = input_of(module, tile.args, tile.kwargs).flatten(0, -2)  # [tokens, C]
     outputs = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))  # [U, E]
     missing = (tile.targets - outputs).reshape(x.shape).double()
     counts = x.ne(0).any(1, keepdim=True)  # padding does not

@@ -41,7 +41,7 @@ class Step:
     """
 
     function: Callable[..., Any]
-    args: tuple[Any, ...]
+    args: Sequence[Any]
     kwargs: dict[str, Any]
     outputs: list[int | None]
     narrow: bool
@@ -49,7 +49,7 @@ class Step:
 
     def __post_init__(self) -> None:
         self._places = [(place, arg.index) for place, arg in enumerate(self.args) if type(arg) is Placeholder]
-        self.reads = [slot.index for slot in among(Placeholder, self.args, self.kwargs)]
+        self.reads = [slot.index for slot in among(Placeholder, (self.args, self.kwargs))]
         self._nested = len(self.reads) > len(self._places)
 
     def run(self, values: dict[int, Tensor]) -> None:
@@ -78,14 +78,16 @@ def leaves_of(tree: Any) -> list[Any]:
     return tree_flatten(tree)[0]
 
 
-def among(kind: type[T], args: Iterable[Any], kwargs: dict[str, Any]) -> list[T]:
-    """What is of a kind among an operator's arguments, which nest no deeper than lists: far faster than for a tree."""
+def among(kind: type[T], values: Iterable[Any]) -> list[T]:
+    """What is of a kind among an operator's arguments, nothing but lists and dicts: far faster than for any tree."""
     found: list[T] = []
-    for value in (*args, *kwargs.values()):
+    for value in values:
         if isinstance(value, kind):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found.extend(item for item in value if isinstance(item, kind))
+            found += among(kind, value)
+        elif isinstance(value, dict):
+            found += among(kind, value.values())
     return found
 
 
@@ -97,9 +99,9 @@ def fill(tree: Any, values: dict[int, Tensor]) -> Any:
 class Tape:
     """A block's call on one input as the operators behind one quantizer.
 
-    Recorded while the block runs once. A block that reads a number from a tensor that changes, or writes into one that
-    does not, cannot be replayed; nor can what happens outside of torch's operators be seen, so that a replay has to be
-    compared with the block.
+    Recorded while the block runs once. A block that cannot be watched, that reads a number from a tensor that changes,
+    or that writes into one that does not, cannot be replayed; nor can what happens outside of torch's operators be
+    seen, so that a replay has to be compared with the block.
 
     Args:
         module: the block.
@@ -115,8 +117,11 @@ class Tape:
     def record(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, remember what depends on the quantizer, and return the block's output."""
         recorder = _Recorder(self._quantizer)
-        with recorder.watch(self._module), recorder:
-            output = self._module(*args, **kwargs)
+        try:
+            with recorder.watch(self._module), recorder:
+                output = self._module(*args, **kwargs)
+        except NotImplementedError:  # what cannot be watched, such as sparse tensors
+            return self._module(*args, **kwargs)
         self._result = recorder.with_slots(output)
         self._steps = _finish_early(recorder.steps, self._result)
         self.replayable = recorder.replayable
@@ -237,7 +242,7 @@ class _Recorder(TorchDispatchMode):
         """Run an operator, and keep it if it depends on what changes."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        tensors = among(Tensor, args, kwargs)
+        tensors = among(Tensor, (args, kwargs))
         changing = any(id(t) in self._slots or id(t) in self._seeds for t in tensors)
         if func._schema.is_mutable and not self._writes_safely(func, args, kwargs, changing):
             self.replayable = False
@@ -254,7 +259,7 @@ class _Recorder(TorchDispatchMode):
             for argument in func._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
         ]
-        tensors = among(Tensor, written, {})
+        tensors = among(Tensor, written)
         if changing:
             return all(id(t) in self._slots for t in tensors)
         return not any(_storage(t) in self._read for t in tensors)
@@ -263,7 +268,7 @@ class _Recorder(TorchDispatchMode):
         self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], output: Any
     ) -> None:
         self._read.update(_storage(t) for t in tensors if id(t) not in self._slots)
-        args, kwargs = tuple(map(self._argument, args)), {key: self._argument(arg) for key, arg in kwargs.items()}
+        args, kwargs = self._argument(args), self._argument(kwargs)
         given = [output] if isinstance(output, Tensor) else leaves_of(output)
         outputs = [self._slot(value) if isinstance(value, Tensor) else None for value in given]
         narrow = in_integer_precision() and function not in UNCONCERNED
@@ -272,7 +277,9 @@ class _Recorder(TorchDispatchMode):
     def _argument(self, value: Any) -> Any:
         """An operator's argument with slots for the tensors that change."""
         if isinstance(value, (list, tuple)):
-            return [self._slots.get(id(item), item) for item in value]
+            return [self._argument(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._argument(item) for key, item in value.items()}
         return self._slots.get(id(value), value)
 
     def _slot(self, tensor: Tensor) -> int:

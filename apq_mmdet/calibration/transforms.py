@@ -177,11 +177,13 @@ def rescalings_of(block: nn.Module) -> list[Rescaling]:
 
 
 @torch.no_grad()
-def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Extent]:
+def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Extent | None]:
     """Lowest and highest value, float64 [channels] on the CPU, of each place's activation in all processes.
 
+    None where none of them has any: the layer does not run.
+
     Args:
-        places: rescalings whose layers run.
+        places: rescalings of the module.
         run: runs the float module on this process' calls; at least one process has one.
     """
     seen: dict[tuple[nn.Module, str], Extent] = {}
@@ -207,7 +209,9 @@ def channel_extents(places: list[Rescaling], run: Callable[[], None]) -> list[Ex
     return [_merged([extent for extent in found if extent]) for found in zip(*gather(own), strict=True)]
 
 
-def _merged(extents: list[Extent]) -> Extent:
+def _merged(extents: list[Extent]) -> Extent | None:
+    if not extents:
+        return None
     lows, highs = zip(*extents, strict=True)
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
@@ -241,7 +245,7 @@ def equalize(
         shared: parameters that are used elsewhere too; norms with such stay as they are.
 
     Returns:
-        The factors c of each rescaling by its name, float64 [channels]; empty for a block without rescalings.
+        The factors c of each rescaling by its name, float64 [channels]; without those of layers that do not run here.
     """
     places = [place for place in rescalings_of(block) if shared.isdisjoint(place.norm_parameters)]
     if not places:
@@ -260,9 +264,10 @@ def equalize(
         dividing = [place for place in places if isinstance(place, InputRescaling)]
         for group in filter(None, ([place for place in places if place not in dividing], dividing)):
             for place, extent in zip(group, channel_extents(group, run), strict=True):
-                factors[place.name] = balancing_factors(place.imbalance(*extent), strength)
-                place.divide(factors[place.name])
-        _observe_anew(places, run)
+                if extent is not None:
+                    factors[place.name] = balancing_factors(place.imbalance(*extent), strength)
+                    place.divide(factors[place.name])
+        _observe_anew([place for place in places if place.name in factors], run)
     return factors
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ LayerClass = TypeVar("LayerClass", bound=type["QuantizedLayer"])
 
 
 class RoleQuantizers(nn.ModuleDict):
-    """Quantizers by role, as items but not as attributes.
+    """Quantizers by role; functions that are applied to all modules pass it over.
 
-    mmengine's weight initialisers take every module that has an attribute ``weight`` for a layer with weights.
+    mmengine's weight initialisers are such functions, and take every module that has an attribute ``weight`` for a
+    layer with weights.
     """
 
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_modules", {}):
-            raise AttributeError(f"use quantizers[{name!r}]")
-        return super().__getattr__(name)
+    def apply(self, fn: Callable[[nn.Module], None]) -> "RoleQuantizers":
+        """Apply a function to the quantizers, but not to this."""
+        for quantizer in self.values():
+            quantizer.apply(fn)
+        return self
 
 
 class QuantizedLayer(nn.Module, ABC):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.base import LAYERS, quantized_layers, to_quantized
@@ -244,17 +245,20 @@ def leave_float(model: nn.Module, names: list[str]) -> None:
 
 
 def _is_leaf(module: nn.Module) -> bool:
+    if is_parametrized(module):  # has its own parameters in a child
+        return True
     has_parameters = next(module.parameters(recurse=False), None) is not None
     known = type(module) in LAYERS or type(module) in ATTENTION
     return has_parameters and (known or next(module.children(), None) is None)
 
 
 def _num_weights(module: nn.Module) -> int:
-    return sum(p.numel() for name, p in module.named_parameters(recurse=False) if "bias" not in name)
+    own = module.named_parameters(recurse=is_parametrized(module))
+    return sum(p.numel() for name, p in own if "bias" not in name)
 
 
 def _float_reason(module: nn.Module) -> str:
-    if type(module) in LAYERS and _computed(module):
+    if (type(module) in LAYERS or is_parametrized(module)) and _computed(module):
         return "its weight is computed in every forward"
     name = type(module).__name__
     return _inline_reason(module) or FLOAT_REASONS.get(name, f"{name} has no quantized form")

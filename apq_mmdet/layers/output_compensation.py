@@ -1,5 +1,6 @@
 """A linear correction of a block's output, ``y = y_q + W x_q + b`` (QwT, Fu et al., CVPR 2025, arXiv 2411.13918)."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -57,5 +58,9 @@ def _compensated(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     modes = (q.mode for q in quantizers_of(block))
     if all(mode in (QuantizerMode.FLOAT, QuantizerMode.OBSERVE) for mode in modes):
         return output  # a float block has nothing to be compensated
-    x = args[0] if args else next(iter(kwargs.values()))
-    return output + getattr(block, NAME)(x)
+    return output + getattr(block, NAME)(input_of(block, args, kwargs))
+
+
+def input_of(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a block's first parameter is given, by position or by keyword."""
+    return args[0] if args else next(iter(inspect.signature(block.forward).bind(**kwargs).arguments.values()))

@@ -70,6 +70,7 @@ def stress(
     check_factors(spread, peak)
     places = rescalings_by_name(model)
     before = _spans(places, run)
+    places = {name: place for name, place in places.items() if name in before}
     generator = torch.Generator().manual_seed(seed)
     for name, place in places.items():
         size = before[name][0][1]  # of the first role; all have one entry per channel
@@ -92,10 +93,9 @@ def unevenness(size: Tensor) -> float:
 
 
 def _spans(places: dict[str, Rescaling], run: Callable[[], None]) -> dict[str, list[tuple[str, Tensor]]]:
-    extents = channel_extents(list(places.values()), run)
-    return {
-        name: list(place.spans(*extent).items()) for (name, place), extent in zip(places.items(), extents, strict=True)
-    }
+    """Sizes of the channels by role, of the places whose layers run."""
+    extents = zip(places.items(), channel_extents(list(places.values()), run), strict=True)
+    return {name: list(place.spans(*extent).items()) for (name, place), extent in extents if extent is not None}
 
 
 def _with_outliers(size: Tensor, factors: Tensor, peak: float, generator: torch.Generator) -> Tensor:

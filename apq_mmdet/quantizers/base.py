@@ -244,7 +244,8 @@ class Quantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"bits={int(self.bits)}, {kind}, axis={self.axis}, groups={self.groups}"
+        bits = (self.code_max - self.code_min).bit_length()  # the buffer holds no number on the device 'meta'
+        return f"bits={bits}, {kind}, axis={self.axis}, groups={self.groups}"
 
 
 @contextmanager

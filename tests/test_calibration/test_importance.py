@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 from collections import OrderedDict
 
@@ -159,7 +160,7 @@ def test_outputs_that_are_whole_numbers_or_truths_do_not_count():
 
 
 class WithIndex(nn.Module):
-    """A model that gives the place of the largest number too."""
+    """A model that gives the place of the largest number too, and which are positive."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +168,7 @@ class WithIndex(nn.Module):
 
     def forward(self, x):
         y = self.layer(x)
-        return y, y.argmax(-1)
+        return y, y.argmax(-1), y > 0
 
 
 def test_a_model_may_give_whole_numbers_too():
@@ -181,3 +182,12 @@ def test_a_model_may_give_whole_numbers_too():
         quantize_model(model, settings.policy)
         found.append(calibrate(model, [torch.linspace(-3, 5, 60).view(20, 3)], settings).blocks[0].factors)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "needs"), [("apq", True), ("brecq", True), ("minmax", False)])
+def test_inference_mode_is_refused_where_gradients_are_needed(name, needs):
+    model, settings = nn.Sequential(nn.Linear(3, 4)), recipe(name)
+    quantize_model(model, settings.policy)
+    expected = pytest.raises(CalibrationError, match="inference_mode") if needs else contextlib.nullcontext()
+    with torch.inference_mode(), expected:
+        calibrate(model, [torch.randn(8, 3)], settings)

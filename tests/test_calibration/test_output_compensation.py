@@ -199,3 +199,33 @@ def test_validation():
         recipe("qwt", output_compensation=1)
     with pytest.raises(BadInputError, match=r"quant\.output_compensation: the model has no block.*SwinBlock"):
         quantize_model(nn.Sequential(nn.Linear(3, 3)), recipe("qwt").policy)
+
+
+class ByKeyword(nn.Module):
+    """Calls its block by keyword, the input last."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(scale=2.0, x=x)
+
+
+class Scaled(Tokens):
+    """Takes more than tokens."""
+
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+def test_a_block_may_be_called_by_keyword(monkeypatch):
+    monkeypatch.setitem(COMPENSATED, Scaled, lambda block: 4)
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Scaled])
+    model, x = ByKeyword(Scaled()), torch.randn(30, 4)
+    quantize_model(model, recipe("qwt", w_bits=2, a_bits=2).policy)
+    calibrate(model, [x], recipe("qwt", w_bits=2, a_bits=2))
+    with torch.no_grad():
+        by_position = model.block(x, 2.0)
+        assert torch.equal(model(x), by_position)
+    assert model.block.output_compensation.weight.any()

@@ -15,6 +15,13 @@ from apq_mmdet.quantizers.affine import shifted_codes
 from apq_mmdet.quantizers.fused import Fused
 
 FACTORS = (1.0, 0.5, 0.8, 0.3)
+OPERATORS = torch.library.Library("apq_mmdet_tests", "DEF")
+for arguments, formula in {
+    "sum_of_lists(Tensor[][] lists)": lambda lists: sum(tensor for part in lists for tensor in part),
+    "sum_of_table(Dict(str, Tensor) table)": lambda table: sum(table.values()),
+}.items():
+    OPERATORS.define(f"{arguments} -> Tensor")
+    OPERATORS.impl(arguments.partition("(")[0], formula, "CompositeExplicitAutograd")
 
 
 def parameters(quantizer):
@@ -132,6 +139,10 @@ def quantized(between):
     return block, x
 
 
+def multiply_a_sparse_matrix(y, x):
+    return torch.sparse.mm(torch.eye(len(y)).to_sparse(), y)
+
+
 def write_into_a_constant(y, x):
     x[:, :2].add_(y[:, :2])
     return x
@@ -155,7 +166,14 @@ def count(y, x):
     return y + len(y[y > 0.1])
 
 
-UNREPLAYABLE = [write_into_a_constant, write_over_what_was_read, use_a_number, choose_by_value, count]
+UNREPLAYABLE = [
+    multiply_a_sparse_matrix,
+    write_into_a_constant,
+    write_over_what_was_read,
+    use_a_number,
+    choose_by_value,
+    count,
+]
 
 
 @pytest.mark.parametrize("between", UNREPLAYABLE)
@@ -185,6 +203,14 @@ def several_outputs(y, x):
     return torch.cat([right, left], 1) + torch.stack([x, x]).sum(0)
 
 
+def nested_arguments(y, x):
+    return torch.ops.apq_mmdet_tests.sum_of_lists([[y, x], [y]]) + x
+
+
+def arguments_in_a_dict(y, x):
+    return torch.ops.apq_mmdet_tests.sum_of_table({"y": y, "x": x}) + x
+
+
 def write_into_what_changes(y, x):
     y.mul_(2)
     y[:, 0] = x[:, 0]
@@ -203,6 +229,8 @@ def write_into_a_constant_that_only_constants_see(y, x):
     "between",
     [
         several_outputs,
+        nested_arguments,
+        arguments_in_a_dict,
         write_into_what_changes,
         write_into_an_operand,
         write_into_a_constant_that_only_constants_see,

@@ -148,3 +148,35 @@ def test_a_block_whose_layers_run_without_it_is_refused(name, monkeypatch):
     settings, model = recipe("minmax"), ByMethod()  # looks at no blocks
     quantize_model(model, settings.policy)
     calibrate(model, [torch.randn(9, 4)], settings)
+
+
+class Beside(nn.Module):
+    """A block one of whose layers runs beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class UsesTheLayerOfABlock(nn.Module):
+    """Runs a block, and one of the block's layers by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck = Beside()
+
+    def forward(self, x):
+        return self.neck(x), self.neck.outer(x)
+
+
+def test_a_layer_that_runs_beside_its_block_is_not_made_even(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Beside])
+    settings = recipe("apq_plus", w_bits=4, a_bits=4, scope="detector")
+    model = UsesTheLayerOfABlock()
+    quantize_model(model, settings.policy)
+    calibrate(model, [torch.randn(20, 4) * torch.tensor([1.0, 2.0, 4.0, 8.0])], settings)
+    assert model.neck.outer.input_factors.tolist() == [1.0] * 4
+    assert model.neck.inner.input_factors.unique().numel() > 1

@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 from helpers import build_swin, recipe
+from mmengine.model import NormalInit
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers
@@ -157,9 +159,34 @@ def test_a_quantized_model_is_refused():
         quantize_model(model, recipe("minmax").policy)
 
 
-@pytest.mark.parametrize("reparametrize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize(
+    "reparametrize",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, parametrizations.weight_norm, parametrizations.spectral_norm],
+)
 def test_weights_that_are_computed_stay_float(reparametrize):
     model = nn.Sequential(reparametrize(nn.Linear(4, 4)), nn.Linear(4, 4))
     table = {row.layer: row for row in quantize_model(model, recipe("minmax").policy) if row.role in ("-", "weight")}
     assert (table["0"].bits, table["0"].reason) == (None, "its weight is computed in every forward")
+    assert table["0"].elements in (16, 16 + 4)  # a norm has a length for each row, too
     assert table["1"].bits == 4
+
+
+def test_quantizers_are_modules_by_name_that_initialisers_pass_over():
+    model = nn.Sequential(nn.Linear(4, 4))
+    quantize_model(model, recipe("minmax").policy)
+    assert model.get_submodule("0.quantizers.weight") is model[0].quantizers["weight"]
+    assert all(model.get_buffer(name) is buffer for name, buffer in model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    NormalInit(std=0.1)(model)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    x = torch.randn(2, 4)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with float_only(model):
+        assert torch.equal(torch.func.functional_call(model, tensors, (x,)), model(x))
+
+
+def test_a_model_without_storage_can_be_printed():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    quantize_model(model, recipe("minmax", w_bits=3).policy)
+    assert "bits=3, asymmetric" in repr(model)
