@@ -137,6 +137,13 @@ def known_globals() -> contextlib.AbstractContextManager[Any]:
     for module in ("builtins", "__builtin__"):
         allowed.append((_history_attribute, f"{module}.getattr"))
         allowed += [(kind, f"{module}.{kind.__name__}") for kind in (dict, list, int, float)]  # factories
-    # absent in torch < 2.5, which knows no such list and refuses these files
-    manager = getattr(torch.serialization, "safe_globals", None)
-    return manager(allowed) if manager else contextlib.nullcontext()
+    return accepted_globals(allowed)
+
+
+def accepted_globals(allowed: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Context in which ``weights_only`` loading accepts these classes and (object, name) pairs, too."""
+    if torch.__version__ < (2, 6):  # knows no such pairs, or no list at all, and refuses files that hold them
+        return contextlib.nullcontext()
+    # on leaving, torch would take away what the caller has allowed before
+    there = set(torch.serialization.get_safe_globals())
+    return torch.serialization.safe_globals([entry for entry in allowed if entry not in there])

@@ -28,9 +28,12 @@ def lock(folder: Path, refusal: str, inherited: bool = False) -> IO[str]:
             this one does, though it must not open and close the lock file again meanwhile.
 
     Raises:
-        BadInputError: another command is in it.
+        BadInputError: another command is in it, or it cannot be written to.
     """
-    file = (folder / LOCK).open("w")
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise BadInputError(f"{folder} cannot be written to: {error}") from error
     if fcntl is None:
         return file
     os.set_inheritable(file.fileno(), inherited)

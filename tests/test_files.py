@@ -15,7 +15,16 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.files import check_target, map_values, plain, safe_load, tensor_bytes, write_atomic, write_json
+from apq_mmdet.files import (
+    check_target,
+    known_globals,
+    map_values,
+    plain,
+    safe_load,
+    tensor_bytes,
+    write_atomic,
+    write_json,
+)
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -208,3 +217,13 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path):
         check_target(tmp_path)
     with pytest.raises(BadInputError, match=r"below cannot be written: .*file is a file"):
         check_target(tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="knows no globals by name")
+def test_what_a_caller_allowed_stays_allowed(tmp_path):
+    torch.save(HistoryBuffer([1.0], [1]), tmp_path / "x.pth")
+    with known_globals():
+        safe_load(tmp_path / "x.pth")
+        torch.load(tmp_path / "x.pth", weights_only=True)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "x.pth", weights_only=True)

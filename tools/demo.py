@@ -13,6 +13,7 @@ from apq_mmdet.datasets import write_demo_set
 from apq_mmdet.engine import command
 from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.engine.run_record import STATES
+from apq_mmdet.locks import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 BITS = (8, 6, 4)
@@ -67,13 +68,16 @@ def demonstrate(args: argparse.Namespace) -> None:
     """Quantize, and print the table.
 
     Raises:
-        BadInputError: a number that is not positive, or a work dir whose ``data`` is something else.
+        BadInputError: a number that is not positive, a work dir whose ``data`` is something else, or in which another
+            demo is running.
         SystemExit: a quantization failed; its log says why.
     """
     for option in ("num_val", "num_calib"):
         check_whole(getattr(args, option), f"--{option.replace('_', '-')}", 1)
     start = time.perf_counter()
     data = args.work_dir / "data"
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    running = lock(args.work_dir, f"another demo is running in {args.work_dir}: wait or use another --work-dir")
     write_demo_set(data, seed=0, num_train=max(args.num_calib, 32), num_val=args.num_val, workers=2)
     name = f"{args.detector}_swin-demo"
     config, checkpoint = args.work_dir / f"demo_{name}.py", ROOT / "demo" / f"{name}.pth"
@@ -103,6 +107,7 @@ def demonstrate(args: argparse.Namespace) -> None:
     print(f"AP on the first {args.num_val} images of the val split; {time.perf_counter() - start:.0f} s in all\n")
     print("bits       box AP     AP50  mask AP     AP50       MiB  calibration")
     print("\n".join(rows))
+    running.close()
 
 
 if __name__ == "__main__":

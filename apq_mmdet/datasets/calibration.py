@@ -160,7 +160,7 @@ def calibration_from_folder(cfg: Config, folder: str, num: int, seed: int) -> Ca
     if not os.path.isdir(folder):
         raise BadInputError(f"calibration folder {folder} does not exist")
     _enter_scope(cfg)
-    paths = distinct(str(p) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES)
+    paths = distinct(str(p) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES and not p.is_dir())
     images = [(os.path.basename(path), path) for path in paths]
     return CalibrationImages(choose(images, num, seed, f"folder {folder} (without its subfolders)"), test_pipeline(cfg))
 

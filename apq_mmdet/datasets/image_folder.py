@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -52,7 +52,7 @@ def read_class_list(path: str | Path) -> list[str]:
         BadInputError: no such file, an empty one, or a name that is there twice.
     """
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"class list {path} cannot be read: {error}") from error
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
@@ -106,7 +106,7 @@ class ImageFolder(Dataset):
             try:
                 with Image.open(path):
                     pass
-            except (OSError, UnidentifiedImageError) as error:
+            except Exception as error:  # whatever Pillow makes of it, such as its refusal of huge ones
                 raise BadInputError(f"evaluation image {path} cannot be read: {error}") from error
 
     def __len__(self) -> int:

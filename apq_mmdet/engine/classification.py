@@ -1,7 +1,6 @@
 """timm classifiers: built, loaded, measured, and read back from a quantized checkpoint."""
 
 import argparse
-import contextlib
 import difflib
 import inspect
 import os
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from apq_mmdet.calibration import CalibrationTask, Recipe
 from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, float_state
 from apq_mmdet.errors import BadInputError, listed
-from apq_mmdet.files import safe_load
+from apq_mmdet.files import accepted_globals, safe_load
 from apq_mmdet.layers import quantize_model
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.models.losses import categorical_kl
@@ -134,14 +133,8 @@ def _read_content(path: str | Path) -> Any:
             return load_file(path)
         except Exception as error:  # SafetensorError among others
             raise BadInputError(f"checkpoint {path} cannot be read: {error}") from error
-    with _training_arguments():
+    with accepted_globals([argparse.Namespace]):  # the command line that timm keeps in training checkpoints
         return safe_load(path)
-
-
-def _training_arguments() -> contextlib.AbstractContextManager[Any]:
-    """Context in which timm's training checkpoints load, which hold their command line: a bag of attributes."""
-    manager = getattr(torch.serialization, "safe_globals", None)  # absent in torch < 2.5
-    return manager([argparse.Namespace]) if manager else contextlib.nullcontext()
 
 
 # -- images ---------------------------------------------------------------------------------------------------

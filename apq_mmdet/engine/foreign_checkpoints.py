@@ -46,6 +46,10 @@ _SWIN_KEYS = {
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 
 
+class NothingToConvertError(BadInputError):
+    """A checkpoint is one of mmdet 3."""
+
+
 @dataclass(frozen=True)
 class Conversion:
     """A checkpoint for mmdet 3, and what became of its source; each source key is in ``names`` or in ``dropped``.
@@ -221,7 +225,7 @@ def _kind(state: dict[str, Tensor], meta: dict[str, Any], path: str) -> str:
     of_mmdet2 = any(key in meta for key in ("mmdet_version", "mmcv_version", "CLASSES")) or any(map(_why_dropped, keys))
     of_microsoft = "backbone.patch_embed.proj.weight" in keys and any(k.startswith("backbone.layers.") for k in keys)
     if of_mmdet3 or not (of_mmdet2 or of_microsoft):
-        raise BadInputError(
+        raise NothingToConvertError(
             f"checkpoint {path} has the keys of mmdet 3 already: nothing has to be done, use it as it is"
         )
     if unknown := sorted(parts.difference(PARTS)):

@@ -1,11 +1,13 @@
 """Float checkpoints: where they lie, whether they are the ones meant, and fetching them when asked to."""
 
+import errno
 import hashlib
 import re
 import urllib.parse
+import uuid
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import torch.hub
 
@@ -70,13 +72,16 @@ def download(detector: Detector, folder: Path) -> None:
         return
     make_folder(folder)
     print(f"downloading {detector.weights}", flush=True)
-    partial, expected = path.with_name(f"{path.name}.part"), expected_sha256(detector)
+    # of its own: other commands, also on other machines, may fetch the same file
+    partial, expected = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part"), expected_sha256(detector)
     try:
         torch.hub.download_url_to_file(detector.weights, str(partial), hash_prefix=expected)
         if expected is None:  # a connection that breaks off is no error by itself
             safe_load(partial)
         partial.replace(path)
-    except (URLError, TimeoutError, ConnectionError, RuntimeError, ValueError, BadInputError) as error:
+    except (OSError, HTTPException, RuntimeError, ValueError, BadInputError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         raise BadInputError(f"{detector.weights} cannot be downloaded to {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)

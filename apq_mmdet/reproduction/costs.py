@@ -18,7 +18,7 @@ from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.datasets.calibration import CalibrationImages, test_pipeline
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.float_config import build_model
-from apq_mmdet.engine.foreign_checkpoints import convert_file
+from apq_mmdet.engine.foreign_checkpoints import NothingToConvertError, convert_file
 from apq_mmdet.engine.plan import make_plan
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models import detection_task
@@ -74,6 +74,8 @@ def fitting_checkpoint(detector: Detector, cfg: Config, checkpoint: Checkpoint, 
         target = folder / checkpoint.path.name
         try:
             convert_file(str(checkpoint.path), target, str(detector.config))
+        except NothingToConvertError:
+            raise error from None
         except BadInputError as why:
             raise BadInputError(f"{error}. It cannot be converted either: {why}") from why
     return dataclasses.replace(checkpoint, path=target, converted=True)

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from apq_mmdet.errors import BadInputError, listed
 
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values of an image that lies on its side
+
 
 def check_images(folder: Path, files: Sequence[tuple[str, int, int]], what: str) -> None:
     """Decode every image.
@@ -39,9 +41,9 @@ def _fault(path: Path, size: tuple[int, int]) -> str | None:
     try:
         with Image.open(path) as image:
             image.load()
-            found = image.size
+            found = [image.size, image.size[::-1]] if image.getexif().get(ORIENTATION, 1) in LYING else [image.size]
     except Exception as error:  # a damaged file makes decoders raise anything
         return f"{path}: {type(error).__name__}: {error}"
-    return (
-        None if found == size else f"{path} has {found[0]}x{found[1]} pixels, its annotation says {size[0]}x{size[1]}"
-    )
+    if size in found:
+        return None
+    return f"{path} has {found[0][0]}x{found[0][1]} pixels, its annotation says {size[0]}x{size[1]}"

@@ -13,7 +13,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, also by the processes that are started meanwhile, for as long as they live.
 
     Raises:
-        BadInputError: another command works in the folder, or it cannot be made.
+        BadInputError: another command works in the folder, or it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

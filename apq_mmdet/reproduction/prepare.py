@@ -16,7 +16,8 @@ from mmengine.config import Config
 import apq_mmdet
 from apq_mmdet.datasets.calibration import CalibrationImages, choose, training_images
 from apq_mmdet.engine.command import choose_device
-from apq_mmdet.engine.float_config import read_config
+from apq_mmdet.engine.float_config import config_files, read_config
+from apq_mmdet.engine.options import refuse_overwriting
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic, write_json
 from apq_mmdet.reproduction import checkpoints
@@ -66,12 +67,16 @@ def examine(selection: Selection, settings: Settings) -> Examined:
         BadInputError: something is wrong; nothing has been run.
     """
     files = {d.name: checkpoints.verify(d, settings.checkpoints) for d in selection.detectors}
+    items = (*selection.detectors, *selection.rows)
+    read = {item.name: read_config(str(item.config)) for item in items}
+    given = {file for cfg in read.values() for file in config_files(cfg)}
+    refuse_overwriting([settings.config(name) for name in read], given, "--work-dir")
     configs: dict[str, Config] = {}
     digests: dict[str, str] = {}
-    for item in (*selection.detectors, *selection.rows):
-        configs[item.name], digests[item.name] = _config(item, settings)
+    for item in items:
+        configs[item.name], digests[item.name] = _config(item, read[item.name], settings)
     for detector in selection.detectors:
-        folder, cfg = settings.work_dir / "checkpoints", configs[detector.name]
+        folder, cfg = settings.work_dir / "converted", configs[detector.name]
         files[detector.name] = fitting_checkpoint(detector, cfg, files[detector.name], folder)
     print(f"checkpoints fit their configs: {len(files)}; reading the annotations", flush=True)
     train, val = (read_split(settings.data_root, split) for split in (TRAIN, VAL))
@@ -143,9 +148,8 @@ def write_ids(row: Row, images: Sequence[tuple[Any, str]], data: Data, path: Pat
     write_json(path, content)
 
 
-def _config(item: Detector | Row, settings: Settings) -> tuple[Config, str]:
+def _config(item: Detector | Row, cfg: Config, settings: Settings) -> tuple[Config, str]:
     """The config of a detector or row on the data root, checked and written to the work dir; its own sha256."""
-    cfg = read_config(str(item.config))
     own = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
     try:
         cfg = on_data(cfg, settings.data_root)

@@ -106,6 +106,7 @@ def run_logged(line: Sequence[str], log: Path) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
+        before = file.tell()  # an earlier attempt's
         file.write(f"\n$ {' '.join(line)}\n".encode())
         file.flush()
         # inherits the lock of the work dir, see lock.py; leads a group, which holds all that it starts
@@ -115,7 +116,7 @@ def run_logged(line: Sequence[str], log: Path) -> None:
         finally:
             _end(process)
     if code:
-        end = tail(log)
+        end = tail(log, before)
         full = any(words in end for words in FULL_DISK) or shutil.disk_usage(log.parent).free < LOG_BYTES
         message = f"exit code {code}; the end of {log}:\n{end}"
         raise DiskFullError(f"the disk is full. {message}") if full else RunFailedError(message)
@@ -132,7 +133,8 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def tail(log: Path) -> str:
-    """The last lines of a log; of a progress bar each state is a line."""
-    lines = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+def tail(log: Path, start: int = 0) -> str:
+    """The last lines of a log from byte ``start`` on; of a progress bar each state is a line."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     return "\n".join(f"    {line}" for line in lines[-TAIL:])

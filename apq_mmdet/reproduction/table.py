@@ -27,17 +27,23 @@ class Table:
         folder: gets ``table.json`` and ``table.md``.
 
     Raises:
-        BadInputError: what is there was measured on other data.
+        BadInputError: what is there was measured on other data, or is no such table.
     """
 
     def __init__(self, entries: Sequence[Entry], examined: Examined, folder: Path) -> None:
         self.entries, self.examined = entries, examined
         self.json, self.markdown = folder / "table.json", folder / "table.md"
-        before = json.loads(self.json.read_text()) if self.json.exists() else {"rows": []}
-        if before["rows"] and before["data"]["sha256"] != examined.data.sha256:
-            raise BadInputError(f"{self.json} is of {before['data']['root']}, other data; use another --work-dir")
         own = {entry.item.name for entry in entries}
-        self._earlier = [row for row in before["rows"] if row["ours"] and row["name"] not in own]
+        self._earlier: list[dict[str, Any]] = []
+        if self.json.exists():
+            try:
+                before = json.loads(self.json.read_text())
+                sha256, root = before["data"]["sha256"], before["data"]["root"]
+                self._earlier = [row for row in before["rows"] if row["ours"] and row["name"] not in own]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadInputError(f"{self.json} is no table of this command; use another --work-dir") from error
+            if before["rows"] and sha256 != examined.data.sha256:
+                raise BadInputError(f"{self.json} is of {root}, other data; use another --work-dir")
 
     def write(self) -> None:
         """Both files, each atomically."""
@@ -108,7 +114,11 @@ def _stack(row: dict[str, Any]) -> str:
 def _notes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     sources = [(AP(p["box"], p["mask"]), p["source"]) for p in (row["published"] for row in rows) if p]
     yield from dict.fromkeys(f"* published {ap}: {source}" for ap, source in sources)
-    for name, weights in {row["float_model"]: row["checkpoint"] for row in rows}.items():
+    used = {(row["float_model"], row["checkpoint"]["sha256"]): row["checkpoint"] for row in rows}
+    for (model, sha256), weights in used.items():
+        of = [row["name"] for row in rows if (row["float_model"], row["checkpoint"]["sha256"]) == (model, sha256)]
+        several = sum(other == model for other, _ in used) > 1  # its folder was removed to make it anew
+        name = f"{model} in {', '.join(of)}" if several else model
         checked = "its publisher's" if weights["verified"] else "not compared: its publisher gives none"
         form = "; converted into mmdet 3's keys" if weights["converted"] else ""
         yield f"* weights of {name}: {weights['file']}, sha256 {weights['sha256']} ({checked}){form}"

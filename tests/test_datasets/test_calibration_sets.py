@@ -72,6 +72,7 @@ def test_transforms_are_mmdets_whatever_was_built_before(cfg, scope):
 def test_images_are_told_by_their_suffix_in_any_case(cfg, tmp_path):
     for name in ("a.png", "B.JPG", "c.Jpeg", "notes.txt"):
         (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
     assert sorted(calibration_from_folder(cfg, str(tmp_path), 3, 0).ids) == ["B.JPG", "a.png", "c.Jpeg"]
 
 

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -44,3 +46,14 @@ def test_bad_input(call, tmp_path: Path, monkeypatch, capsys, name: str, options
     assert call(name, *options) == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
+
+
+def test_a_second_demo_in_a_folder_waits_for_the_first(call, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("fcntl")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        assert call("demo", "--work-dir", tmp_path) == 2
+        first.communicate(b"\n")
+    assert "another demo is running" in capsys.readouterr().err

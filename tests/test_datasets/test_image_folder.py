@@ -52,7 +52,7 @@ def test_images_without_colour_are_read_as_red_green_and_blue(tmp_path):
 
 def test_a_class_list_gives_the_order(tmp_path):
     touch(tmp_path / "root" / "a" / "1.png", tmp_path / "root" / "c" / "1.png")
-    (tmp_path / "classes.txt").write_text("c\n\nb\na\n")
+    (tmp_path / "classes.txt").write_text("c\n\nb\na\n", "utf-8-sig")  # as editors on Windows save it
     classes = read_class_list(tmp_path / "classes.txt")
     images = ImageFolder(tmp_path / "root", lambda image: image, classes)
     assert images.classes == ["c", "b", "a"]
@@ -77,3 +77,10 @@ def test_an_image_that_breaks_off_names_itself(tmp_path):
     images = ImageFolder(tmp_path / "root", lambda image: image)
     with pytest.raises(RuntimeError, match=r"1\.jpg cannot be decoded"):
         images[0]
+
+
+def test_an_evaluation_image_that_is_too_large_is_bad_input(tmp_path, monkeypatch):
+    touch(tmp_path / "root" / "a" / "1.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(BadInputError, match=r"1.png cannot be read: .*exceeds limit"):
+        ImageFolder(tmp_path / "root", lambda image: image)

@@ -1,6 +1,9 @@
+import errno
 import hashlib
+import ssl
 import threading
 from functools import partial
+from http.client import IncompleteRead
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -115,3 +118,29 @@ def test_a_download_without_a_digest_that_broke_off_leaves_nothing(server, tmp_p
 def test_an_address_that_does_not_answer(tmp_path):
     with pytest.raises(BadInputError, match=r"cannot be downloaded.*refused"):
         download(detector("http://127.0.0.1:9/" + NAME), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [ssl.SSLError("bad handshake"), IncompleteRead(b""), OSError(errno.ENETUNREACH, "no network")]
+)
+def test_whatever_breaks_a_download_is_told(tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", broken)
+    with pytest.raises(BadInputError, match="cannot be downloaded"):
+        download(detector(), tmp_path)
+
+
+def test_another_command_may_fetch_the_same_file(tmp_path, monkeypatch):
+    first = [True]
+
+    def fetch(_, partial, hash_prefix):
+        Path(partial).write_bytes(CONTENT)
+        if first:
+            first.clear()
+            download(detector(), tmp_path)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
+    download(detector(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]

@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 
 import pytest
@@ -53,3 +54,14 @@ def test_many_damaged_images_are_counted(tmp_path, files):
     shutil.rmtree(tmp_path)
     with pytest.raises(BadInputError, match=r"0.jpg.*1.jpg.*2.jpg.*\(and 2 more\)"):
         check_images(tmp_path, files, "images")
+
+
+@pytest.mark.parametrize(("orientation", "fits"), [(1, False), (3, False), (6, True)])
+def test_an_image_on_its_side_may_be_as_large_as_it_is_shown(tmp_path, orientation, fits):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.effect_noise((40, 30), 50).save(tmp_path / "0.jpg", exif=exif)
+    check_images(tmp_path, [("0.jpg", 40, 30)], "images")
+    expected = contextlib.nullcontext() if fits else pytest.raises(BadInputError, match="has 40x30 pixels")
+    with expected:
+        check_images(tmp_path, [("0.jpg", 30, 40)], "images")

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +181,32 @@ def test_a_recipe_that_learns_keeps_whole_blocks(detector, tmp_path, settings):
     costs = estimate(selection, examine(selection, settings), settings)
     state = CHECKPOINT.stat().st_size
     assert costs[selection.rows[0].name].kept_bytes > costs[NAME].kept_bytes + state
+
+
+def test_a_checkpoint_that_needs_no_conversion_is_refused_for_what_is_wrong_with_it(four_bits, settings):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    content["state_dict"]["rpn_head.rpn_conv.weight"].fill_(float("nan"))
+    torch.save({**content, "meta": {"mmengine_version": "0.10"}}, settings.checkpoints / "nan.pth")
+    detector = replace(four_bits.detectors[0], weights="https://example.org/nan.pth")
+    with pytest.raises(BadInputError, match="NaN") as caught:
+        examine(replace(four_bits, detectors=[detector], rows=[]), settings)
+    assert "convert" not in str(caught.value)
+
+
+def test_converted_weights_may_lie_in_the_work_dir_of_the_originals(four_bits, settings):
+    settings = replace(settings, work_dir=settings.checkpoints.parent)
+    torch.save(
+        {"model": foreign(torch.load(CHECKPOINT, weights_only=True)["state_dict"])}, settings.checkpoints / "theirs.pth"
+    )
+    detector = replace(four_bits.detectors[0], weights="https://example.org/theirs.pth")
+    assert examine(replace(four_bits, detectors=[detector], rows=[]), settings).checkpoints[NAME].converted
+
+
+def test_a_users_config_is_not_overwritten(four_bits, settings, tmp_path):
+    own = tmp_path / "mine" / "configs" / f"{NAME}.py"
+    own.parent.mkdir(parents=True)
+    own.write_text(Path(four_bits.detectors[0].config).read_text() + "# mine\n")
+    detector = replace(four_bits.detectors[0], config=own)
+    with pytest.raises(BadInputError, match="--work-dir: the run would overwrite"):
+        examine(replace(four_bits, detectors=[detector], rows=[]), replace(settings, work_dir=tmp_path / "mine"))
+    assert own.read_text().endswith("# mine\n")

@@ -14,7 +14,16 @@ from reproduction_trial import examined_coco
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.reproduction import run
 from apq_mmdet.reproduction.lock import locked
-from apq_mmdet.reproduction.run import DiskFullError, RunFailedError, command_line, execute, finished, run_logged, tail
+from apq_mmdet.reproduction.run import (
+    FULL_DISK,
+    DiskFullError,
+    RunFailedError,
+    command_line,
+    execute,
+    finished,
+    run_logged,
+    tail,
+)
 
 
 @pytest.fixture
@@ -75,6 +84,15 @@ def test_states_of_a_progress_bar_are_lines(tmp_path):
 def test_a_full_disk_is_told_apart(tmp_path, message):
     with pytest.raises(DiskFullError, match="the disk is full"):
         run_logged(python(f"raise SystemExit('{message}')"), tmp_path / "log.txt")
+
+
+def test_a_disk_that_was_full_is_not_full_for_ever(tmp_path):
+    with pytest.raises(DiskFullError):
+        run_logged(python(f"raise SystemExit('{FULL_DISK[0]}')"), tmp_path / "log.txt")
+    with pytest.raises(RunFailedError, match="a broken config") as caught:
+        run_logged(python("raise SystemExit('a broken config')"), tmp_path / "log.txt")
+    assert not isinstance(caught.value, DiskFullError)
+    assert FULL_DISK[0] not in str(caught.value)
 
 
 def test_an_interrupt_ends_the_process(tmp_path):
@@ -156,6 +174,12 @@ def test_one_command_at_a_time(tmp_path):
     with locked(tmp_path / "work"), pytest.raises(BadInputError, match="works in"), locked(tmp_path / "work"):
         pass
     with locked(tmp_path / "work"):
+        pass
+
+
+def test_a_work_dir_that_cannot_be_written_to(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(BadInputError, match="cannot be written to"), locked(tmp_path):
         pass
 
 

@@ -130,6 +130,30 @@ def test_rows_of_other_data_are_not_mixed_in(selection, tmp_path):
         table_of(selection, [], tmp_path, data=Data("mini", {TRAIN: 92, VAL: 66}, {TRAIN: "d", VAL: "e"}))
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"rows": [1]}'])
+def test_another_file_of_that_name_is_refused(selection, tmp_path, content):
+    (tmp_path / "table.json").write_text(content)
+    with pytest.raises(BadInputError, match=r"table.json is no table of this command"):
+        table_of(selection, [], tmp_path)
+
+
+def test_rows_of_other_weights_name_them(selection, tmp_path):
+    detector, (eight, four) = selection.detectors[0], selection.rows
+    table_of(replace(selection, rows=[eight]), [made(detector, 46, 41), made(eight, 45, 40)], tmp_path).write()
+    weights = examined_coco(selection).checkpoints[detector.name]
+    anew = {detector.name: replace(weights, sha256="b" * 64)}
+    entries = [made(detector, 46, 41), made(four, 20, 20)]
+    table_of(replace(selection, rows=[four]), entries, tmp_path, checkpoints=anew).write()
+    notes = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("* weights of")]
+    assert len(notes) == 2
+    assert next(line for line in notes if "b" * 64 in line).startswith(
+        f"* weights of {detector.name} in {detector.name}, {four.name}:"
+    )
+    assert next(line for line in notes if weights.sha256 in line).startswith(
+        f"* weights of {detector.name} in {eight.name}:"
+    )
+
+
 def test_a_full_disk_leaves_the_table_as_it_was(selection, tmp_path, monkeypatch):
     detector = selection.detectors[0]
     table_of(selection, [Entry(detector)], tmp_path).write()
