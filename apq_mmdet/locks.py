@@ -22,18 +22,19 @@ def lock(folder: Path, refusal: str, inherited: bool = False) -> IO[str]:
     A file system without locks is warned of, and used without.
 
     Args:
-        folder: exists.
+        folder: is made where it does not exist.
         refusal: what to say where another command is in it.
         inherited: whether the processes that this one starts hold the lock too, for as long as they live. Else only
             this one does, though it must not open and close the lock file again meanwhile.
 
     Raises:
-        BadInputError: another command is in it, or it cannot be written to.
+        BadInputError: another command is in it, or it cannot be made or written to.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("w")
     except OSError as error:
-        raise BadInputError(f"{folder} cannot be written to: {error}") from error
+        raise BadInputError(f"--work-dir: {folder} cannot be written to: {error}") from error
     if fcntl is None:
         return file
     os.set_inheritable(file.fileno(), inherited)

@@ -109,7 +109,7 @@ def channel_rows(model: nn.Module, run: Callable[[], None]) -> dict[str, dict[st
     places = [(name, place) for name, block in model.named_modules() for place in rescalings_of(block)]
     rows: dict[str, dict[str, float]] = {}
     for (name, place), extent in zip(places, channel_extents([p for _, p in places], run), strict=True):
-        for role, size in place.spans(*extent).items():
+        for role, size in place.spans(*extent).items() if extent is not None else ():
             what = place.name if role == "input" else role
             row = rows.setdefault(name, {})
             row[f"{what}_max_over_median"] = float(size.max() / size.median())

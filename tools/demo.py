@@ -75,9 +75,12 @@ def demonstrate(args: argparse.Namespace) -> None:
     for option in ("num_val", "num_calib"):
         check_whole(getattr(args, option), f"--{option.replace('_', '-')}", 1)
     start = time.perf_counter()
+    with lock(args.work_dir, f"another demo is running in {args.work_dir}: wait or use another --work-dir"):
+        _quantize_and_print(args, start)
+
+
+def _quantize_and_print(args: argparse.Namespace, start: float) -> None:
     data = args.work_dir / "data"
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    running = lock(args.work_dir, f"another demo is running in {args.work_dir}: wait or use another --work-dir")
     write_demo_set(data, seed=0, num_train=max(args.num_calib, 32), num_val=args.num_val, workers=2)
     name = f"{args.detector}_swin-demo"
     config, checkpoint = args.work_dir / f"demo_{name}.py", ROOT / "demo" / f"{name}.pth"
@@ -107,7 +110,6 @@ def demonstrate(args: argparse.Namespace) -> None:
     print(f"AP on the first {args.num_val} images of the val split; {time.perf_counter() - start:.0f} s in all\n")
     print("bits       box AP     AP50  mask AP     AP50       MiB  calibration")
     print("\n".join(rows))
-    running.close()
 
 
 if __name__ == "__main__":

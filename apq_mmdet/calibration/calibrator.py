@@ -119,8 +119,8 @@ def calibrate(
         CalibrationError: no samples, a quantizer that saw no data, or NaN or infinite values, a zero or non-finite
             gradient, or inference mode where gradients are needed.
 
-    Whatever is raised, also by an interrupt, leaves a model whose quantizers are not calibrated; its weights may have
-    changed, where the recipe changes weights.
+    Whatever is raised once it has begun, also by an interrupt, leaves a model whose quantizers are not calibrated; its
+    weights may have changed, where the recipe changes weights.
     """
     if not len(samples):
         raise CalibrationError("no calibration samples")
@@ -128,7 +128,8 @@ def calibrate(
     check_model(model, recipe)
     task = task or FeatureTask()
     blocks = partition(model)
-    if torch.is_inference_mode_enabled() and (recipe.reconstruction or any(map(recipe.needs_gradients, blocks))):
+    learns = any(worth_reconstructing(block, stage) for block in blocks.values() for stage in recipe.reconstruction)
+    if torch.is_inference_mode_enabled() and (learns or any(map(recipe.needs_gradients, blocks))):
         raise CalibrationError(
             "this recipe needs gradients, which torch.inference_mode() forbids: calibrate outside of it"
         )

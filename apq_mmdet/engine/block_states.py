@@ -80,13 +80,9 @@ def _lock(folder: Path) -> None:
     Raises:
         BadInputError: another process is in it, or it cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder.resolve() not in _LOCKED:
-            refusal = f"another run works in {folder}: wait for its end or use another --work-dir"
-            _LOCKED[folder.resolve()] = lock(folder, refusal)
-    except OSError as error:
-        raise BadInputError(f"--work-dir: {folder} cannot be written to: {error}") from error
+    if folder.resolve() not in _LOCKED:
+        refusal = f"another run works in {folder}: wait for its end or use another --work-dir"
+        _LOCKED[folder.resolve()] = lock(folder, refusal)
 
 
 class BlockStatesOnDisk:

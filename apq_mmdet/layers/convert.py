@@ -253,7 +253,8 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _num_weights(module: nn.Module) -> int:
-    own = module.named_parameters(recurse=is_parametrized(module))
+    own = [*module.named_parameters(recurse=False)]
+    own += module.parametrizations.named_parameters() if is_parametrized(module) else []
     return sum(p.numel() for name, p in own if "bias" not in name)
 
 

@@ -63,4 +63,7 @@ def _compensated(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 def input_of(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a block's first parameter is given, by position or by keyword."""
-    return args[0] if args else next(iter(inspect.signature(block.forward).bind(**kwargs).arguments.values()))
+    if args:
+        return args[0]
+    _, first, *_ = inspect.signature(type(block).forward).bind(block, **kwargs).arguments.values()
+    return first

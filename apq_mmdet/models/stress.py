@@ -71,6 +71,8 @@ def stress(
     places = rescalings_by_name(model)
     before = _spans(places, run)
     places = {name: place for name, place in places.items() if name in before}
+    if not places:
+        raise BadInputError("no layer whose channels can be rescaled runs on these images")
     generator = torch.Generator().manual_seed(seed)
     for name, place in places.items():
         size = before[name][0][1]  # of the first role; all have one entry per channel

@@ -24,9 +24,9 @@ def is_trained(x: Tensor) -> bool:
 
 
 def unclipped(codes: Tensor, clipped: Tensor) -> Tensor:
-    """1 where clipping left a code as it was and 0 elsewhere, in place of the codes.
+    """1 where clipping left a code as it was and 0 elsewhere, written over ``codes``.
 
-    As floats, because a CPU takes five times as long to multiply a gradient by booleans.
+    As floats, because a CPU takes five times as long to multiply a gradient by booleans, though these are smaller.
     """
     return codes.eq_(clipped)
 

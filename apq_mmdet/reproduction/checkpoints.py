@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import re
 import urllib.parse
 import uuid
@@ -81,7 +82,7 @@ def download(detector: Detector, folder: Path) -> None:
         partial.replace(path)
     except (OSError, HTTPException, RuntimeError, ValueError, BadInputError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise BadInputError(f"{detector.weights} cannot be downloaded to {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)

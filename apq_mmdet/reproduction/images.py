@@ -41,9 +41,9 @@ def _fault(path: Path, size: tuple[int, int]) -> str | None:
     try:
         with Image.open(path) as image:
             image.load()
-            found = [image.size, image.size[::-1]] if image.getexif().get(ORIENTATION, 1) in LYING else [image.size]
+            found = image.size
+            if found == size or (found == size[::-1] and image.getexif().get(ORIENTATION) in LYING):
+                return None
     except Exception as error:  # a damaged file makes decoders raise anything
         return f"{path}: {type(error).__name__}: {error}"
-    if size in found:
-        return None
-    return f"{path} has {found[0][0]}x{found[0][1]} pixels, its annotation says {size[0]}x{size[1]}"
+    return f"{path} has {found[0]}x{found[1]} pixels, its annotation says {size[0]}x{size[1]}"

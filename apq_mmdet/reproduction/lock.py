@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from apq_mmdet.errors import BadInputError
 from apq_mmdet.locks import lock
 
 
@@ -15,10 +14,6 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BadInputError: another command works in the folder, or it cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"--work-dir {folder} cannot be made: {error}") from error
     refusal = f"another command, or a row that a killed command left running, works in {folder}; wait or end it"
     with lock(folder, refusal, inherited=True):
         yield

@@ -116,9 +116,9 @@ def _notes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield from dict.fromkeys(f"* published {ap}: {source}" for ap, source in sources)
     used = {(row["float_model"], row["checkpoint"]["sha256"]): row["checkpoint"] for row in rows}
     for (model, sha256), weights in used.items():
-        of = [row["name"] for row in rows if (row["float_model"], row["checkpoint"]["sha256"]) == (model, sha256)]
-        several = sum(other == model for other, _ in used) > 1  # its folder was removed to make it anew
-        name = f"{model} in {', '.join(of)}" if several else model
+        users = [row["name"] for row in rows if (row["float_model"], row["checkpoint"]["sha256"]) == (model, sha256)]
+        ambiguous = sum(other == model for other, _ in used) > 1  # made anew with other weights meanwhile
+        name = f"{model} in {', '.join(users)}" if ambiguous else model
         checked = "its publisher's" if weights["verified"] else "not compared: its publisher gives none"
         form = "; converted into mmdet 3's keys" if weights["converted"] else ""
         yield f"* weights of {name}: {weights['file']}, sha256 {weights['sha256']} ({checked}){form}"

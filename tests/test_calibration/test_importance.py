@@ -184,7 +184,7 @@ def test_a_model_may_give_whole_numbers_too():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("name", "needs"), [("apq", True), ("brecq", True), ("minmax", False)])
+@pytest.mark.parametrize(("name", "needs"), [("apq", True), ("brecq", True), ("minmax", False), ("apq_plus", False)])
 def test_inference_mode_is_refused_where_gradients_are_needed(name, needs):
     model, settings = nn.Sequential(nn.Linear(3, 4)), recipe(name)
     quantize_model(model, settings.policy)

@@ -15,7 +15,7 @@ from apq_mmdet.quantizers.affine import shifted_codes
 from apq_mmdet.quantizers.fused import Fused
 
 FACTORS = (1.0, 0.5, 0.8, 0.3)
-OPERATORS = torch.library.Library("apq_mmdet_tests", "DEF")
+OPERATORS = torch.library.Library("apq_mmdet_tests", "FRAGMENT")
 for arguments, formula in {
     "sum_of_lists(Tensor[][] lists)": lambda lists: sum(tensor for part in lists for tensor in part),
     "sum_of_table(Dict(str, Tensor) table)": lambda table: sum(table.values()),

@@ -251,7 +251,7 @@ def test_bad_options(main, settings, capsys, options, message):
 def test_a_work_dir_that_is_a_file(main, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main("--work-dir", str(tmp_path / "file")) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_errors_of_the_checks_end_before_work(main, settings, monkeypatch, capsys):
