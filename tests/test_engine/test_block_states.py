@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeyp
     def fail(*_, **__):
         raise PermissionError("permission denied")
 
-    for what in ("pathlib.Path.mkdir", "apq_mmdet.engine.block_states.lock"):
+    for what in ("pathlib.Path.mkdir", "pathlib.Path.open"):
         with monkeypatch.context() as patched:
             patched.setattr(what, fail)
             with pytest.raises(BadInputError, match=r"--work-dir: .*calibration cannot be written to: permission"):
