@@ -269,10 +269,10 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
         f"{SORTED_BY}, peak memory the",
         f"  highest of them; of all its runs where none is at {SORTED_BY}. {NOT_RUN} has not been run.",
     ]
-    if any("cpu" not in row for row in rows):
+    if len(machines) > 1:
         lines += [
-            "* Runs whose processor is not recorded shared a process and a machine: their seconds and memory are upper",
-            "  bounds.",
+            "* Machines differ in speed, and most ran other work beside: seconds are upper bounds, and those of two",
+            "  lines can be compared only roughly.",
         ]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """How far the range factors that two calibrations chose are apart.
 
-    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq --num-calib 8 --no-eval --work-dir EXACT
-    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq_fast --num-calib 8 --no-eval --work-dir FAST
+    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq --w-bits 4 --a-bits 4 --num-calib 8 --work-dir EXACT
+    python tools/quantize_det.py CONFIG CHECKPOINT --recipe apq_fast --w-bits 4 --a-bits 4 --num-calib 8 --work-dir FAST
     python benchmarks/calibration/choices.py EXACT FAST
 
 Both work dirs are of the same detector and scope; every further one is compared with the first.
