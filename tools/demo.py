@@ -51,10 +51,10 @@ def write_config(path: Path, float_config: Path, data: Path) -> None:
 
 
 def row(name: str, metrics: dict[str, float], mib: float, seconds: float | None) -> str:
-    """One line of the table."""
+    """One line of the table; mmdet gives no AP of a model that detects nothing."""
     cells = [name.ljust(8)]
     for task in ("bbox", "segm"):
-        cells += [f"{100 * metrics[f'coco/{task}_{item}']:7.1f}" for item in ("mAP", "mAP_50")]
+        cells += [f"{100 * metrics.get(f'coco/{task}_{item}', 0.0):7.1f}" for item in ("mAP", "mAP_50")]
     return "  ".join([*cells, f"{mib:8.1f}", "        -" if seconds is None else f"{seconds:8.0f}s"])
 
 

@@ -1,4 +1,11 @@
-"""Draw a float detector's detections on an image beside those of its quantized versions."""
+"""Draw a float detector's detections on an image beside those of its quantized versions.
+
+After `make demo`, with IMAGE one of data/demo/val:
+
+    python tools/draw_detections.py IMAGE \\
+        float=work_dirs/demo/demo_mask-rcnn_swin-demo.py,demo/mask-rcnn_swin-demo.pth \\
+        W4A4=work_dirs/demo/w4a4/config.py,work_dirs/demo/w4a4/quantized.pth --out detections.jpg
+"""
 
 import argparse
 import sys
@@ -17,7 +24,7 @@ from apq_mmdet.files import check_target, known_globals
 
 def parse_args() -> argparse.Namespace:
     """Command line of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="image to run on")
     parser.add_argument(
         "models", nargs="+", metavar="TITLE=CONFIG,CHECKPOINT", help="models from left to right, the float one first"

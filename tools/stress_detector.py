@@ -2,8 +2,9 @@
 
 Factors are moved from LayerNorms, queries, keys and values into the weights that follow, so that the copy detects
 what the original detects, and is harder to quantize: channel ranges behind LayerNorms reach 40 times their median
-on the images that are looked at (--peak), the figure that FQ-ViT (arXiv 2111.13824) reports for inputs of the norms of pretrained vision transformers.
-The spread of all other channels (--spread) is a choice. Ranges are measured on images of the config's training set.
+(--peak, on the images that are measured), the figure that FQ-ViT (arXiv 2111.13824) reports for inputs of the norms of
+pretrained vision transformers. The spread of all other channels (--spread) is a choice. Ranges are measured on images
+of the config's training set.
 """
 
 import argparse

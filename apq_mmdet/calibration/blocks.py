@@ -59,6 +59,11 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def bytes_of(tree: Any) -> int:
+    """Size of the tensors of nested tuples, lists and dicts."""
+    return sum(tensor.nbytes for tensor in tensors_of(tree))
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """One call of a block.

@@ -133,30 +133,25 @@ def calibrate(
         raise CalibrationError(
             "this recipe needs gradients, which torch.inference_mode() forbids: calibrate outside of it"
         )
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with _all_or_nothing(model), CaptureStore(capture_dir, memory_budget // HELD) as store, torch.no_grad():
-            for quantizer in quantizers_of(model):
-                quantizer.use_observer(recipe.observer)
-            float_pass(model, blocks if recipe.search else {}, samples, task, store)
-            left_float = _handle_unseen(model, recipe.on_unseen)
-            if recipe.search:
-                _refuse_uncalled(blocks, store)
-            model.weights_changed_by_calibration = recipe.equalize > 0  # until both sides of a factor are changed
-            _transform(model, blocks, store, recipe.equalize)
-            model.weights_changed_by_calibration = False
-            _take_observed_ranges(model)
-            reports: list[BlockReport] = []
-            if recipe.search is not None:
-                weighed = {name: blocks[name] for name in _to_search(blocks, store) if recipe.needs_gradients(name)}
-                if weighed:
-                    capture_gradients(model, weighed, samples, task, store, recipe.importance)
-                model.weights_changed_by_calibration = recipe.changes_weights
-                reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
-    finally:
-        for module in training:
-            module.training = True
+    captures = CaptureStore(capture_dir, memory_budget // HELD)
+    with evaluating(model), _all_or_nothing(model), captures as store, torch.no_grad():
+        for quantizer in quantizers_of(model):
+            quantizer.use_observer(recipe.observer)
+        float_pass(model, blocks if recipe.search else {}, samples, task, store)
+        left_float = _handle_unseen(model, recipe.on_unseen)
+        if recipe.search:
+            _refuse_uncalled(blocks, store)
+        model.weights_changed_by_calibration = recipe.equalize > 0  # until both sides of a factor are changed
+        _transform(model, blocks, store, recipe.equalize)
+        model.weights_changed_by_calibration = False
+        _take_observed_ranges(model)
+        reports: list[BlockReport] = []
+        if recipe.search is not None:
+            weighed = {name: blocks[name] for name in _to_search(blocks, store) if recipe.needs_gradients(name)}
+            if weighed:
+                capture_gradients(model, weighed, samples, task, store, recipe.importance)
+            model.weights_changed_by_calibration = recipe.changes_weights
+            reports = _finish_blocks(model, blocks, samples, recipe, task, store, states, seed)
     return CalibrationReport(reports, left_float, time.perf_counter() - start)
 
 
@@ -195,6 +190,18 @@ def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:
                     f"quant.search.grids.{key} {search.grids[key]} holds no range factor of at least "
                     f"{quantizer.min_factor}, which the format of {name} ({role}) asks for"
                 )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in which all of a model's modules are in eval mode; each is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

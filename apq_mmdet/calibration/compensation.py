@@ -108,7 +108,7 @@ class Moments:
 
 
 @torch.no_grad()
-def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) -> dict[str, float]:
+def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) -> None:
     """Replace the quantized weights of a block's linears and plain convolutions, in the order of their execution.
 
     Each layer's quantized inputs are what the layers before it, already compensated, make of theirs; its float inputs
@@ -122,10 +122,6 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
             processes are added in the order of the images, so that all end alike, however many there are.
         config: what is done.
 
-    Returns:
-        By layer, how much of sum w |W x + b - W'' x' - b''|^2 with the quantized weights of before, and the best bias
-        for them, was taken away, in a unit that compares within a layer only.
-
     Raises:
         CalibrationError: a sum over tokens is NaN or infinite.
     """
@@ -135,7 +131,6 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
     for block, mode in ((reference, QuantizerMode.FLOAT), (module, QuantizerMode.QUANTIZE)):
         for quantizer in quantizers_of(block):
             quantizer.mode = mode
-    gains: dict[str, float] = {}
     layers = dict(quantized_layers(module))
     for name, runs in order.items():
         if not is_compensated(layers[name]):
@@ -144,8 +139,7 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
             moments = _moments(module, reference, name, runs, calls, config.weighted)
         if not all(bool(t.isfinite().all()) for t in vars(moments).values()):
             raise CalibrationError(f"compensation of layer {name!r}: its inputs or gradients are NaN or infinite")
-        gains[name] = _compensate_layer(layers[name], moments, config)
-    return gains
+        _compensate_layer(layers[name], moments, config)
 
 
 def is_compensated(layer: QuantizedLayer) -> bool:
@@ -233,14 +227,13 @@ def _watched(
     return inputs, outputs, rows
 
 
-def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: CompensationConfig) -> float:
+def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: CompensationConfig) -> None:
     quantizer = layer.quantizers["weight"]
     weight = layer.weight.flatten(1).to(torch.float64, copy=True)  # [N, K]; the layer's own is written to below
     power = moments.quantized.diagonal().mean()
     moments = moments if layer.bias is None else moments.centered()
     if not moments.quantized.diagonal().mean() > LEAST_VARIATION * power:
-        return 0.0
-    before = _error(weight, quantizer.fake_quantize(layer.weight).flatten(1).double(), moments)
+        return
     hessian = moments.quantized + config.damping * moments.quantized.diagonal().mean() * _eye(moments.quantized)
     wanted = weight
     if config.activations:
@@ -256,19 +249,13 @@ def _compensate_layer(layer: QuantizedLayer, moments: Moments, config: Compensat
     codes = shifted.to(torch.int32).view_as(layer.weight)
     codes = codes + quantizer.per_element(quantizer.zero_point, layer.weight)
     layer.weight.copy_(quantizer.decode(codes))
-    after = layer.weight.flatten(1).double()
     if layer.bias is not None:
+        after = layer.weight.flatten(1).double()
         layer.bias.add_((weight @ moments.mean - after @ moments.quantized_mean) / moments.weight)
-    return float(before - _error(weight, after, moments))
 
 
 def _eye(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
-
-
-def _error(weight: Tensor, other: Tensor, moments: Moments) -> Tensor:
-    """sum w |W x - W' x'|^2, less the part that no W' has a say in."""
-    return ((other @ moments.quantized) * other).sum() - 2 * ((weight @ moments.mixed) * other).sum()
 
 
 def _bounds(quantizer: Quantizer, layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:

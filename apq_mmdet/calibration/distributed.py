@@ -16,9 +16,15 @@ from apq_mmdet.quantizers import Quantizer
 SHARD = 8  # neighbouring images, whose small calls share a tile; images are dealt to the processes by shards
 
 
-def own_images(number: int) -> list[int]:
-    """Indices of this process' images: shards of neighbours, dealt in turn, because neighbours share tiles."""
-    rank, processes = get_dist_info()
+def own_images(number: int, rank: int | None = None, processes: int | None = None) -> list[int]:
+    """Indices of a process' images: shards of neighbours, dealt in turn, because neighbours share tiles.
+
+    Args:
+        number: of all images.
+        rank, processes: of this process and in this run, where they are not given.
+    """
+    if rank is None or processes is None:
+        rank, processes = get_dist_info()
     return [image for image in range(number) if image // SHARD % processes == rank]
 
 

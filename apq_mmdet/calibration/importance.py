@@ -14,7 +14,7 @@ or not finite, is refused. There are two kinds of disturbance:
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,12 @@ PERTURBATION = 0.01  # e in standard deviations of a block's output
 class CalibrationTask(ABC):
     """How to run a model on a calibration sample, and how far its outputs are from the float ones."""
 
-    @abstractmethod
     def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
-        """Raw outputs (a pytree of tensors) of the float model, and what the student needs of the teacher.
+        """Raw outputs (a pytree of tensors) of the float model, and what the student needs of the teacher: nothing.
 
         Each block must be called as often as in one inference.
         """
+        return self.student(model, sample, None), None
 
     @abstractmethod
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
@@ -61,7 +61,7 @@ class FeatureTask(CalibrationTask):
     """Any module that maps a tensor to tensors: mean squared error relative to each output's power."""
 
     def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
-        """See the base class."""
+        """See the base class; apart from ``student``, which a subclass may change."""
         return model(sample), None
 
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
@@ -104,7 +104,8 @@ def capture_gradients(
     """Disturbed passes with their backwards for each image; the importance of block outputs goes to ``store``.
 
     Args:
-        blocks: those whose outputs' importance is wanted, by name; a backward goes no further than these.
+        blocks: those whose outputs' importance is wanted, by name, each of which some process has captured; a backward
+            goes no further than these.
         store: holds (outputs, context) of each sample from the float pass, and takes the gradients.
         importance: a key of ``IMPORTANCES``.
 
@@ -114,8 +115,7 @@ def capture_gradients(
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    captured = [name for name in store.blocks if name in blocks]
-    seen: dict[str, bool] = dict.fromkeys(captured, False)
+    seen = dict.fromkeys(blocks, False)
     try:
         for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_main_process()):
             teacher, context = store.get(("teacher", image))
@@ -124,7 +124,7 @@ def capture_gradients(
                 return _gradients(model, blocks, samples[image], task, teacher, context, shift)
 
             found = IMPORTANCES[importance](model, gradients, image)
-            _check_calls(captured, image, store, found)
+            _check_calls(blocks, image, store, found)
             for (name, index), grads in found.items():
                 seen[name] |= any(bool(g.any()) for g in grads)
                 store.add_grads(name, image, index, grads)
@@ -134,7 +134,7 @@ def capture_gradients(
             parameter.requires_grad_(True)
     loud = {name for part in gather(seen) for name, found in part.items() if found}
     # a block whose layers were all left float has no errors
-    silent = [n for part in gather(captured) for n in part if n not in loud and quantizers_of(blocks[n])]
+    silent = [name for name, block in blocks.items() if name not in loud and quantizers_of(block)]
     if silent:
         raise CalibrationError(
             f"the gradient of the calibration loss is zero at the output of block {silent[0]!r} for every image: "
@@ -221,7 +221,7 @@ def _gradients(
     return result
 
 
-def _check_calls(blocks: list[str], image: int, store: CaptureStore, grads: Grads) -> None:
+def _check_calls(blocks: Iterable[str], image: int, store: CaptureStore, grads: Grads) -> None:
     for name in blocks:
         before, now = store.number_of_calls(name, image), sum(1 for block, _ in grads if block == name)
         if before != now:

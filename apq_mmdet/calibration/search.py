@@ -1,5 +1,6 @@
 """The search of range factors: one loop for every layer kind, objective and metric point."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,8 +36,9 @@ UNSEARCHED = Candidate(1.0)
 class Slot:
     """One quantizer's place in the search order, and what its last search found.
 
-    ``searched_at`` is the number of changes that the block had seen then: where it has not moved since, searching
-    again could only find the same. ``expected`` are rough errors of the candidates, by their place in the grid.
+    ``searched_at`` is the number of changes that had been seen then of what its errors depend on, the block or the
+    layer: where that has not moved since, searching again could only find the same. ``expected`` are rough errors of
+    the candidates, by their place in the grid.
     """
 
     layer_name: str
@@ -85,21 +87,23 @@ def search_block(
     for quantizer in quantizers_of(module):
         quantizer.set_range_factor(1.0)
         quantizer.mode = QuantizerMode.FLOAT
-    changes = 0
+    # of each layer where errors are those of its own output on recorded inputs, else of the whole block
+    changes: Counter[QuantizedLayer | None] = Counter()
     for _ in range(search.rounds):
         settled = True
         for slot in slots:
             progress.quantizer(slot.name)
-            changes += _join(slot.layer)
-            if slot.searched_at == changes:
+            part = slot.layer if search.metric == "module" else None
+            changes[part] += _join(slot.layer)
+            if slot.searched_at == changes[part]:
                 continue
             settled = False
             with fixed_weights(module, but=slot.quantizer):
                 before, slot.chosen = slot.chosen, _best_candidate(errors, slot, search, progress)
             slot.quantizer.set_range_factor(*slot.chosen)
             # a change of its own does not make a slot's result stale
-            changes += slot.chosen != before
-            slot.searched_at = changes
+            changes[part] += slot.chosen != before
+            slot.searched_at = changes[part]
         if settled:
             break
     errors.drop()
@@ -132,7 +136,7 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
         # all at once and without screens: up to a constant these are no sums of non-negative terms
         found = weight_errors(slot.layer, errors.recorded(slot.layer), grid)
         alike = torch.ones(len(grid), dtype=torch.float64)
-        return _chosen(best_candidate(lambda some, _: found[some], alike, 0.0, {}, slot.name), grid)
+        return _chosen(best_candidate(lambda some, _: found[some], alike, 0.0, {}, slot.name), grid, slot.quantizer)
     masses, bounds, eliminate = errors.masses(slot), None, errors.objective.eliminate
     if len(grid) <= TOGETHER:
         slot.expected = torch.ones(len(grid), dtype=torch.float64)
@@ -146,12 +150,12 @@ def _best_candidate(errors: "SlotErrors", slot: Slot, search: SearchConfig, prog
     told = partial(progress.left, what="candidates")
     choice = best_candidate(evaluate, slot.expected, eliminate, masses, slot.name, bounds, told)
     slot.expected = choice.expected
-    return _chosen(choice, grid)
+    return _chosen(choice, grid, slot.quantizer)
 
 
-def _chosen(choice: Choice, grid: list[Candidate]) -> Candidate:
+def _chosen(choice: Choice, grid: list[Candidate], quantizer: Quantizer) -> Candidate:
     if choice.best is None:  # inputs are zero, or nothing of the output counts: the observed range is as good as any
-        return min(grid, key=lambda candidate: abs(candidate.factor - 1))
+        return min(grid, key=lambda c: (abs(c.factor - 1), c.variant != quantizer.default_variant))
     return grid[choice.best]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from apq_mmdet.calibration.blocks import BlockCall, tensors_of
+from apq_mmdet.calibration.blocks import BlockCall, bytes_of, tensors_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.errors import CalibrationError
 
@@ -51,7 +51,7 @@ class TensorStore:
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
         self._structure[key] = (spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], device)
-        size = _bytes(tensors)
+        size = bytes_of(tensors)
         if size <= self._memory:
             self._memory -= size
             self._held[key] = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
@@ -69,7 +69,7 @@ class TensorStore:
                 where = f"a disk with {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free"
             raise CalibrationError(
                 f"captured activations cannot be written to {path}, in {where} ({error}): use another folder, fewer "
-                f"images, or more memory (--memory-budget)"
+                f"images, or a larger memory budget"
             ) from error
 
     def get(self, key: Hashable) -> Any:
@@ -89,7 +89,7 @@ class TensorStore:
     def drop(self, key: Hashable) -> None:
         """Forget a key."""
         self._structure.pop(key, None)
-        self._memory += _bytes(self._held.pop(key, []))
+        self._memory += bytes_of(self._held.pop(key, []))
         if key in self._files:
             self._files.pop(key).unlink()
 
@@ -103,10 +103,6 @@ def _all_before(block: str, before: dict[str, list[str]]) -> set[str]:
         found.update(new)
         waiting += new
     return found
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class CaptureStore(TensorStore):

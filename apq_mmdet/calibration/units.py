@@ -223,7 +223,7 @@ class UnitCalls:
             return
         self._store.put((self._key, len(self._calls)), call.tensors())
         self._energies.append(_energies(call))
-        self._sizes.append(call.targets.numel())
+        self._sizes.append(call.targets.nbytes)
         empty = torch.empty(0)
         self._calls.append(call.with_tensors([(), {}, empty, None, empty, None]))
 
@@ -239,7 +239,7 @@ class UnitCalls:
     @property
     def bytes(self) -> int:
         """Size of all targets."""
-        return 4 * sum(self._sizes)
+        return sum(self._sizes)
 
     def most_important(self, share: float) -> Iterator[UnitCall]:
         """All calls whose units can be judged apart, and a share of the others: those of largest gradient."""

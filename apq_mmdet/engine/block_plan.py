@@ -13,7 +13,7 @@ from apq_mmdet.calibration.reconstruction import ReconstructionConfig, worth_rec
 from apq_mmdet.calibration.sampling import sampled_units
 from apq_mmdet.calibration.units import to_units
 from apq_mmdet.calibration.weight_errors import in_closed_form
-from apq_mmdet.engine.counting import Count, CountedCall, suffix_operations
+from apq_mmdet.engine.counting import CountedCall, suffix_operations
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 
 BACKWARD = 3  # a forward and its backward, in forwards
@@ -21,17 +21,24 @@ FLOAT64 = 2
 SUMS = 2  # [K, K] matrices of which every token is a part, where a weight's errors have a closed form
 
 
-@dataclass
-class JudgedCall(CountedCall):
+@dataclass(frozen=True)
+class JudgedCall:
     """What the search and what is fitted after it see of a call.
 
     Attributes:
+        products: (module, operations) in the order of execution.
         units: number of parts that can be judged apart; 1 where the call has none.
         separable: whether it can be taken apart.
     """
 
-    units: int = 1
-    separable: bool = False
+    products: list[tuple[nn.Module, int]]
+    units: int
+    separable: bool
+
+    @property
+    def operations(self) -> int:
+        """Of the whole call."""
+        return sum(operations for _, operations in self.products)
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,10 @@ class BlockPlan:
     reached: bool
 
 
-def plan_block(name: str, block: nn.Module, count: Count, recipe: Recipe) -> BlockPlan:
-    """Plan one block from what a float forward of one image did."""
+def plan_block(name: str, block: nn.Module, calls: list[CountedCall], recipe: Recipe) -> BlockPlan:
+    """Plan one block from its calls in a float forward of one image, which were kept where there is a search."""
     search = None if recipe.search is None else recipe.search.for_block(name)
     layers = [layer for _, layer in quantized_layers(block) if layer.quantizers]
-    calls = count.calls.get(name, [])
     judged_calls = [] if search is None else [_judged(block, call, search) for call in calls]
     ranked = judged = search_operations = fixed_operations = 0
     if search is not None:
@@ -113,7 +119,6 @@ def _judged(block: nn.Module, call: CountedCall, search: SearchConfig) -> Judged
     sample = whole = to_units(block, call.call)
     if search.windows or search.rows or search.tokens:
         sample = sampled_units(block, call.call, search, seed=0)
-    call.call = None  # together they are large
     share = sample.elements / max(whole.elements, 1)
     products = [(module, round(operations * share)) for module, operations in call.products]
     return JudgedCall(products=products, units=len(sample.targets), separable=sample.separable)

@@ -32,10 +32,6 @@ TOP = 5
 class LogitsTask(CalibrationTask):
     """A classifier, by the Kullback-Leibler divergence of its class probabilities; samples are images [1, 3, H, W]."""
 
-    def teacher(self, model: nn.Module, sample: Tensor) -> tuple[Tensor, None]:
-        """Logits [1, classes]."""
-        return self.student(model, sample, None), None
-
     def student(self, model: nn.Module, sample: Tensor, context: None) -> Tensor:
         """As the teacher."""
         return model(sample.to(_device(model)))

@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.device import get_device
 
 import apq_mmdet
+from apq_mmdet.calibration.blocks import bytes_of
 from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate, check_model
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
@@ -149,7 +150,7 @@ class ClassificationRun:
     def _float_bytes(self) -> int:
         if self.args.checkpoint:
             return Path(self.args.checkpoint).stat().st_size
-        return sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+        return bytes_of(self.model.state_dict())
 
     def _evaluated(self, transform: Any) -> ImageFolder:
         if not self.args.val_dir:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import BlockCall, hooked, tensors_of, watch_blocks
+from apq_mmdet.calibration.blocks import BlockCall, bytes_of, hooked, tensors_of, watch_blocks
 from apq_mmdet.layers.matmul import Product
 
 # float class -> (module, its first input, its output) -> operations of one call; subclasses count alike
@@ -106,8 +106,3 @@ def suffix_operations(call: Sequence[tuple[nn.Module, int]], layer: nn.Module) -
         return 0
     again = set(modules[modules.index(layer) :])
     return sum(operations for module, operations in call if module in again)
-
-
-def bytes_of(tree: Any) -> int:
-    """Size of the tensors of nested tuples, lists and dicts."""
-    return sum(t.numel() * t.element_size() for t in tensors_of(tree))

@@ -12,13 +12,13 @@ import torch
 from mmengine.dist import get_dist_info
 from torch import nn
 
-from apq_mmdet.calibration.blocks import partition
-from apq_mmdet.calibration.calibrator import HELD, check_model
+from apq_mmdet.calibration.blocks import bytes_of, partition
+from apq_mmdet.calibration.calibrator import HELD, check_model, evaluating
 from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.importance import CalibrationTask
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.engine.block_plan import BACKWARD, BlockPlan, plan_block
-from apq_mmdet.engine.counting import bytes_of, counting
+from apq_mmdet.engine.counting import counting
 from apq_mmdet.layers.base import float_only, quantized_layers
 from apq_mmdet.layers.state import is_added
 from apq_mmdet.quantizers.packing import packed_size
@@ -141,17 +141,13 @@ def make_plan(
     blocks = partition(model)
     searched = recipe.search is not None  # without a search nothing is captured
     sample = images[0]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), float_only(model):
-            with counting(model, blocks, keep=searched) as count:
-                teacher = task.teacher(model, sample)
-            seconds = _seconds(model, sample, task)  # the counted forward has warmed up
-            order = list(dict.fromkeys([*count.calls, *blocks]))
-            planned = [plan_block(name, blocks[name], count, recipe) for name in order]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), float_only(model):
+        with counting(model, blocks, keep=searched) as count:
+            teacher = task.teacher(model, sample)
+        seconds = forward_seconds(model, sample, task)  # the counted forward has warmed up
+        order = list(dict.fromkeys([*count.calls, *blocks]))
+        # together the calls are large: each block's are let go of
+        planned = [plan_block(name, blocks[name], count.calls.pop(name, []), recipe) for name in order]
     return Plan(
         detector=type(model).__name__,
         recipe=recipe,
@@ -169,8 +165,8 @@ def make_plan(
     )
 
 
-def _seconds(model: nn.Module, sample: Any, task: CalibrationTask) -> float:
-    """Wall-clock time of one forward."""
+def forward_seconds(model: nn.Module, sample: Any, task: CalibrationTask) -> float:
+    """Wall-clock time of one forward; another one should have warmed up."""
     wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     wait()
     start = time.perf_counter()

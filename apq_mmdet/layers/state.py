@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apq_mmdet.errors import CheckpointError, listed
-from apq_mmdet.layers.base import INPUT_CENTERS, INPUT_FACTORS, QuantizedLayer
+from apq_mmdet.layers.base import INPUT_CENTERS, INPUT_FACTORS, QuantizedLayer, quantizers_of
 from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
 
@@ -94,13 +94,16 @@ def _before_load(
 ) -> None:
     """Runs once on the state of the whole model, before torch's or mmengine's loader walks the modules."""
     own = {prefix + key: value for key, value in _own_state(model).items()}
-    if prefix + VERSION_KEY not in state:  # a float checkpoint: the quantizers keep what they have
+    if prefix + VERSION_KEY not in state:  # a float checkpoint
         stray = [key for key in state if key.startswith(prefix) and _is_quantized(key)]
         if stray:
             raise CheckpointError(
                 f"the checkpoint holds quantized state ({stray[0]} and so on) but no {prefix + VERSION_KEY}: it is "
                 f"incomplete, or of a model that was quantized as a whole where this one is in part"
             )
+        for quantizer in quantizers_of(model):
+            quantizer.reset()  # ranges of other weights say nothing of these
+        model.weights_changed_by_calibration = False
         for key, value in own.items():
             if is_added(key):  # float weights have taken up no factors, and nothing is known of their inputs
                 fresh = {INPUT_FACTORS: torch.ones_like, INPUT_CENTERS: torch.zeros_like}.get(key.split(".")[-1])

@@ -116,10 +116,6 @@ def dense_loss(student: tuple, teacher: tuple) -> Tensor:
 class DenseTask(CalibrationTask):
     """One-stage detectors with an anchor head."""
 
-    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
-        """Scores and deltas of all levels."""
-        return self.student(model, sample, None), None
-
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
         """As the teacher."""
         inputs, _ = prepare(model, sample)
@@ -147,10 +143,6 @@ class WeightedDenseTask(DenseTask):
 
 class NeckTask(CalibrationTask):
     """Any other detector, by the features that its heads receive; the heads themselves are not run."""
-
-    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
-        """The neck's feature maps."""
-        return self.student(model, sample, None), None
 
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
         """As the teacher."""

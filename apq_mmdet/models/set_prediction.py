@@ -103,10 +103,6 @@ def selection(choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
 class MaskTask(CalibrationTask):
     """Mask transformers: class and mask logits of all decoder layers, [1, Q, K + 1] and [1, Q, h, w] each."""
 
-    def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
-        """Predictions of the head."""
-        return self.student(model, sample, None), None
-
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
         """As the teacher."""
         inputs, data_samples = prepare(model, sample)

@@ -1,8 +1,6 @@
 """What a row takes: time, memory and disk, from one image; and the checks that need its model."""
 
 import dataclasses
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,14 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import nn
 
-from apq_mmdet.calibration.distributed import SHARD
+from apq_mmdet.calibration.blocks import bytes_of
+from apq_mmdet.calibration.distributed import own_images
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.datasets.calibration import CalibrationImages, test_pipeline
 from apq_mmdet.engine.checkpoint import load_float_weights
 from apq_mmdet.engine.float_config import build_model
 from apq_mmdet.engine.foreign_checkpoints import NothingToConvertError, convert_file
-from apq_mmdet.engine.plan import make_plan
+from apq_mmdet.engine.plan import forward_seconds, make_plan
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.models import detection_task
 from apq_mmdet.reproduction.checkpoints import Checkpoint
@@ -95,12 +94,8 @@ def float_cost(cfg: Config, checkpoint: Checkpoint, image: str, evaluated: int, 
     model.eval()
     with torch.no_grad():
         task.teacher(model, sample)  # warms up
-        _wait()
-        start = time.perf_counter()
-        task.teacher(model, sample)
-        _wait()
-    seconds = time.perf_counter() - start
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        seconds = forward_seconds(model, sample, task)
+    size = bytes_of(model.state_dict())
     return Cost(0.0, evaluated / processes * seconds, size, LOG_BYTES, 0, evaluated * RESULT_BYTES, get_device())
 
 
@@ -128,7 +123,7 @@ def row_cost(
     model = _loaded(cfg, checkpoint)
     samples = CalibrationImages(images, test_pipeline(cfg))
     plan = make_plan(model, samples, detection_task(model, model.recipe.policy.scope), model.recipe, memory_budget)
-    own = min(row.num_calib, SHARD * math.ceil(row.num_calib / SHARD / processes))  # of the first process
+    own = len(own_images(row.num_calib, 0, processes))  # of the first process, which has most
     shared = dataclasses.replace(plan, processes=processes, own=own)
     whole_blocks = plan.sizes.state_float if model.recipe.changes_weights else 0  # finished blocks, for --resume
     return Cost(
@@ -160,8 +155,3 @@ def _loaded(cfg: Config, checkpoint: Checkpoint) -> nn.Module:
     model = build_model(cfg)
     load_float_weights(model, str(checkpoint.path))
     return model.to(get_device())
-
-
-def _wait() -> None:
-    if get_device() == "cuda":
-        torch.cuda.synchronize()

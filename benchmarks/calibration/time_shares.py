@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from search_speed import BLOCKS, capture, config, ours
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from apq_mmdet.calibration.blocks import bytes_of
 
 GEMM = ("mm", "_int_mm", "addmm", "bmm", "convolution", "mkldnn_convolution", "baddbmm")
 # operations by the shapes of what torch's counter does not know
@@ -36,7 +37,7 @@ class BytesWritten(torch.utils._python_dispatch.TorchDispatchMode):
         """Run the operator and look at what it wrote."""
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            self.total += sum(t.numel() * t.element_size() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            self.total += bytes_of(result)
         return result
 
 

@@ -246,15 +246,14 @@ def test_the_rounding_of_a_layer_is_spread():
 
 
 @torch.no_grad()
-def test_gains_are_what_the_layer_gained():
+def test_the_error_of_the_layer_falls():
     inputs = correlated(images=1)
     block, calls = prepared(nn.Sequential(nn.Linear(6, 4, bias=False)), inputs)
     before, x = copy.deepcopy(block), inputs[0]
-    gains = compensate(block, calls, CompensationConfig(weighted=False))
+    compensate(block, calls, CompensationConfig(weighted=False))
     with float_only(before):
         want = before(x)
     errors = [float((b(x) - want).double().square().sum()) for b in (before, block)]
-    assert gains == {"0": pytest.approx(errors[0] - errors[1], rel=1e-3)}
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -303,16 +302,17 @@ class Other(nn.Module):
 def test_other_layers_stay():
     block, calls = prepared(Other(), [torch.randn(2, 4, 6, 6)])
     before = copy.deepcopy(block)
-    assert compensate(block, calls, CompensationConfig()) == {}
+    compensate(block, calls, CompensationConfig())
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), before.parameters(), strict=True))
 
 
 def test_layers_with_too_many_inputs_stay(monkeypatch):
     monkeypatch.setattr("apq_mmdet.calibration.columns.MOST_INPUTS", 5)
     block, calls = prepared(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), correlated())
-    before = block[0].weight.clone()
-    assert list(compensate(block, calls, CompensationConfig())) == ["1"]
-    assert torch.equal(block[0].weight, before)
+    before = copy.deepcopy(block)
+    compensate(block, calls, CompensationConfig())
+    assert torch.equal(block[0].weight, before[0].weight)
+    assert not torch.equal(block[1].weight, before[1].weight)
 
 
 def test_calls_without_rois_say_nothing():

@@ -12,6 +12,7 @@ from apq_mmdet.calibration.compensation import (
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.units import to_units, unit_module
 from apq_mmdet.layers import float_only, quantize_model
+from apq_mmdet.layers.base import quantized_layers
 
 
 @torch.no_grad()
@@ -33,8 +34,10 @@ def block_errors(index, config, seed=0):
         targets = [block(*args) for args in inputs]
     search_block(view, calls, settings.search)
     if config is not None:
-        gains = compensate(view, calls, config)
-        assert list(gains) == ["attn.w_msa.qkv", "attn.w_msa.proj", "ffn.layers.0.0", "ffn.layers.1"]
+        before = {name: layer.weight.clone() for name, layer in quantized_layers(view) if hasattr(layer, "weight")}
+        compensate(view, calls, config)
+        assert list(before) == ["attn.w_msa.qkv", "attn.w_msa.proj", "ffn.layers.0.0", "ffn.layers.1"]
+        assert not any(torch.equal(view.get_submodule(name).weight, before[name]) for name in before)
     errors = [float((block(*args) - t).square().mean()) for args, t in zip(inputs, targets, strict=True)]
     return sum(errors[:2]), sum(errors[2:])
 

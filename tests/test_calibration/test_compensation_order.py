@@ -19,14 +19,12 @@ class Backwards(Chain):
 
 
 def test_layers_are_compensated_in_the_order_they_run_in():
-    gains, states = [], []
+    states = []
     for make in (Chain, Backwards):
         torch.manual_seed(0)
         block, calls = prepared(make(), correlated())
-        gains.append(compensate(block, calls, CompensationConfig()))
+        compensate(block, calls, CompensationConfig())
         states.append(block.state_dict())
-    assert [list(found) for found in gains] == [["first", "second"]] * 2
-    assert gains[0] == gains[1]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -63,11 +61,9 @@ def test_layers_of_double_precision_are_compensated_as_others_are():
         block = nn.Sequential(nn.Linear(6, 4)).to(dtype)
         block, calls = prepared(block, [x.to(dtype) for x in correlated()])
         bias = block[0].bias.detach().clone()
-        gains = compensate(block, calls, CompensationConfig(weighted=False))
-        found.append((gains["0"], block[0].weight.float(), (block[0].bias - bias).float()))
-    (gain, weight, moved), (double_gain, double_weight, double_moved) = found
-    assert gain > 0
-    assert abs(gain / double_gain - 1) < 1e-4
+        compensate(block, calls, CompensationConfig(weighted=False))
+        found.append((block[0].weight.float(), (block[0].bias - bias).float()))
+    (weight, moved), (double_weight, double_moved) = found
     assert torch.allclose(weight, double_weight, atol=1e-5)
     assert torch.allclose(moved, double_moved, atol=1e-4)
     assert float(moved.abs().min()) > 1e-3

@@ -191,3 +191,13 @@ def test_inference_mode_is_refused_where_gradients_are_needed(name, needs):
     expected = pytest.raises(CalibrationError, match="inference_mode") if needs else contextlib.nullcontext()
     with torch.inference_mode(), expected:
         calibrate(model, [torch.randn(8, 3)], settings)
+
+
+def test_a_block_that_only_another_process_saw_in_float_is_named():
+    model, x = quantized(nn.Linear(3, 2), nn.Linear(2, 4)), torch.randn(6, 3)
+    for quantizer in quantizers_of(model):
+        quantizer.set_parameters(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    with CaptureStore(None, 2**20) as store, torch.no_grad():
+        store.put(("teacher", 0), (torch.zeros(6, 4), None))
+        with pytest.raises(CalibrationError, match="block '0' ran 0 times in the float pass of image 0, but 1 times"):
+            capture_gradients(model, partition(model), [x], Bowl(), store)

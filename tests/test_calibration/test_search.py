@@ -1,5 +1,6 @@
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,14 @@ from torch import nn
 
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.objectives import Objective
-from apq_mmdet.calibration.scoring import best_candidate
-from apq_mmdet.calibration.search import Slot, SlotErrors, search_block
+from apq_mmdet.calibration.scoring import Candidate, Choice, best_candidate
+from apq_mmdet.calibration.search import Slot, SlotErrors, _chosen, search_block
 from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.engine.quantized_config import load_recipe
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
-from apq_mmdet.registry import OBJECTIVES
+from apq_mmdet.registry import OBJECTIVES, QUANTIZERS
 
 SIZES = [(13, 9), (10, 16), (13, 9)]  # no multiples of the window
 BACKWARD = [
@@ -346,3 +347,33 @@ def test_processes_ask_each_other_alike_whatever_they_have_recorded(monkeypatch)
         asked.append(exchanges)
     assert asked[0] == asked[1]
     assert "units" in asked[0]
+
+
+def test_at_the_layers_a_change_in_one_layer_is_no_reason_to_search_another(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    settings = recipe("apq", search=dict(metric="module", rounds=3, order="forward"))
+    quantize_model(model, settings.policy)
+    searched = Counter()
+
+    def choose(errors, slot, search, progress):
+        searched[slot.name] += 1
+        return Candidate(1.0 + (slot.layer_name == "1") * 0.1 * searched[slot.name])  # the second never settles
+
+    monkeypatch.setattr("apq_mmdet.calibration.search._best_candidate", choose)
+    x = torch.randn(2, 4)
+    for quantizer in quantizers_of(model):
+        quantizer.observe(torch.randn(4, 4))
+    with torch.no_grad(), float_only(model):
+        entry = to_units(model, BlockCall((x,), {}, [model(x)], [torch.ones(2, 4)], 0))
+    units = UnitCalls(TensorStore(memory=2**20), "block")
+    units.add(entry)
+    search_block(unit_module(model), units, settings.search)
+    assert searched == {"0.weight": 1, "0.input": 1, "1.weight": 3, "1.input": 3}
+
+
+@pytest.mark.parametrize(("name", "default"), [("adaptive_log", 37.0), ("shift_log2", 0.01), ("twin_softmax", 7.0)])
+def test_where_errors_say_nothing_the_range_is_the_observed_one(name, default):
+    quantizer = QUANTIZERS.build(dict(type=name, bits=4))
+    grid = [Candidate(f, v) for f in (0.9, 1.0, 1.1) for v in quantizer.variants]
+    assert quantizer.default_variant == default != quantizer.variants[0]
+    assert _chosen(Choice(None, torch.ones(len(grid))), grid, quantizer) == Candidate(1.0, default)

@@ -24,6 +24,14 @@ def call(monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def test_a_model_that_detects_nothing_has_a_line_in_the_demos_table() -> None:
+    """mmdet gives no AP of it."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    assert demo.row("W2A2", {}, 6.0, 1.0).split() == ["W2A2", *["0.0"] * 4, "6.0", "1s"]
+
+
 def test_preview(call, tmp_path: Path) -> None:
     assert call("make_demo_data", "--preview", tmp_path / "new" / "sheet.png", "--seed", 1) == 0
     assert cv2.imread(str(tmp_path / "new" / "sheet.png")) is not None

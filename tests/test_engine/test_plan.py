@@ -35,6 +35,17 @@ def swin_images():
     return [torch.randn(1, 3, 32, 32) for _ in range(3)]
 
 
+def test_every_module_stays_in_its_mode(swin_images):
+    model, used = build_swin(), recipe("minmax")
+    quantize_model(model, used.policy)
+    model.train()
+    model.stages[0].eval()
+    before = [module.training for module in model.modules()]
+    make_plan(model, swin_images, FeatureTask(), used, BUDGET)
+    assert len(set(before)) == 2
+    assert [module.training for module in model.modules()] == before
+
+
 def test_layers_by_hand():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, groups=1),  # [1, 8, 6, 6]: 288 outputs of 27 products

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from helpers import build_swin, recipe
+from helpers import build_swin, recipe, short_grids
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load
 from torch import nn
 
 from apq_mmdet.calibration import calibrate
-from apq_mmdet.errors import CheckpointError
-from apq_mmdet.layers import packed_state_dict, quantize_model, quantized_layers
+from apq_mmdet.errors import CheckpointError, UncalibratedError
+from apq_mmdet.layers import float_only, packed_state_dict, quantize_model, quantized_layers
 from apq_mmdet.layers.state import VERSION_KEY
 
 LAYER = "stages.0.blocks.0.ffn.layers.1"
@@ -180,3 +180,19 @@ def test_an_extra_state_that_is_no_tensor_goes_into_a_checkpoint_and_comes_back(
     assert (other[0] if nested else other).number == 3
     with torch.no_grad():
         assert torch.equal(model(x), other(x))
+
+
+def test_float_weights_take_a_calibrated_model_back_to_its_beginning():
+    settings = recipe("apq_plus", search=dict(grids=short_grids(2)), compensation=dict(ranges=2))  # changes weights
+    model, x = build_swin(), torch.randn(1, 3, 37, 50)
+    floats, want = copy.deepcopy(model.state_dict()), model(x)[0]
+    quantize_model(model, settings.policy)
+    calibrate(model, [x], settings)
+    model.load_state_dict(floats)
+    with pytest.raises(UncalibratedError):
+        model(x)
+    with pytest.raises(CheckpointError, match="not calibrated"):
+        packed_state_dict(model)
+    with float_only(model):
+        assert torch.allclose(model(x)[0], want, atol=1e-5)
+    calibrate(model, [x], settings)  # is not refused for changed weights
