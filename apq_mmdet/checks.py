@@ -2,14 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any
 
 from apq_mmdet.errors import BadInputError
 
 
-def refuse_unknown(keys: Any, known: Any, where: str) -> None:
+def refuse_unknown(keys: Iterable[Any], known: Collection[Any], where: str) -> None:
     """Raise BadInputError with the nearest known key if ``keys`` holds an unknown one."""
     for key in keys:
         if key not in known:

@@ -186,8 +186,9 @@ class Policy:
                     specs, reasons = dict.fromkeys(roles), dict.fromkeys(roles, reason)
                 if rule.bits is not None:
                     specs = {r: spec and {**spec, "bits": rule.bits} for r, spec in specs.items()}
-                for role in set(roles) & set(rule.roles):
-                    change = rule.roles[role]
+                for role, change in rule.roles.items():
+                    if role not in specs:
+                        continue
                     if rule.max_bits is not None and bits.get(role, MAX_BITS + 1) > rule.max_bits:
                         continue
                     if change is None:

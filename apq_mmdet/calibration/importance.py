@@ -89,7 +89,7 @@ def feature_loss(student: Any, teacher: Any) -> Tensor:
     return torch.stack(terms).sum()
 
 
-Grads = dict[tuple[str, int], list[Tensor]]  # by block and number of its call, one tensor for each output
+ByCall = dict[tuple[str, int], list[Tensor]]  # by block and number of its call, one tensor for each output
 Shift = Callable[[Tensor], Tensor]  # what the model goes on with in the place of a block's output
 
 
@@ -120,7 +120,7 @@ def capture_gradients(
         for image in tqdm(own_images(len(samples)), desc="gradients", unit="image", disable=not is_main_process()):
             teacher, context = store.get(("teacher", image))
 
-            def gradients(shift: Shift, image: int = image, teacher: Any = teacher, context: Any = context) -> Grads:
+            def gradients(shift: Shift, image: int = image, teacher: Any = teacher, context: Any = context) -> ByCall:
                 return _gradients(model, blocks, samples[image], task, teacher, context, shift)
 
             found = IMPORTANCES[importance](model, gradients, image)
@@ -144,12 +144,12 @@ def capture_gradients(
         )
 
 
-def _disturbed(model: nn.Module, gradients: Callable[[Shift], Grads], image: int) -> Grads:
+def _disturbed(model: nn.Module, gradients: Callable[[Shift], ByCall], image: int) -> ByCall:
     """The gradient at the model as it is, quantized."""
     return gradients(lambda output: output)
 
 
-def _perturbation(model: nn.Module, gradients: Callable[[Shift], Grads], image: int) -> Grads:
+def _perturbation(model: nn.Module, gradients: Callable[[Shift], ByCall], image: int) -> ByCall:
     """``|g(+e) - g(-e)|`` around the float model."""
     with float_only(model):
         up, down = (gradients(_random_shift(image, sign)) for sign in (1, -1))
@@ -169,7 +169,7 @@ def _random_shift(seed: int, sign: int) -> Shift:
     return shift
 
 
-IMPORTANCES: dict[str, Callable[[nn.Module, Callable[[Shift], Grads], int], Grads]] = {
+IMPORTANCES: dict[str, Callable[[nn.Module, Callable[[Shift], ByCall], int], ByCall]] = {
     "disturbed": _disturbed,
     "perturbation": _perturbation,
 }
@@ -183,9 +183,9 @@ def _gradients(
     teacher: Any,
     context: Any,
     shift: Shift,
-) -> Grads:
+) -> ByCall:
     """Gradients at the block outputs of one pass, in which ``shift`` maps what follows sees of each output."""
-    outputs: Grads = {}
+    outputs: ByCall = {}
 
     def see(name: str, args: tuple, kwargs: dict, output: Any) -> Any:
         # the first block's output depends on no parameter that wants a gradient: make it a leaf that does
@@ -221,7 +221,7 @@ def _gradients(
     return result
 
 
-def _check_calls(blocks: Iterable[str], image: int, store: CaptureStore, grads: Grads) -> None:
+def _check_calls(blocks: Iterable[str], image: int, store: CaptureStore, grads: ByCall) -> None:
     for name in blocks:
         before, now = store.number_of_calls(name, image), sum(1 for block, _ in grads if block == name)
         if before != now:

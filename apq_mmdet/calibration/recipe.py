@@ -145,7 +145,7 @@ class Recipe:
         name: shown in reports.
         policy: bits, scope and number formats.
         search: None for plain observed ranges.
-        on_unseen: what becomes of a quantizer that saw no data: 'error', or left 'float'.
+        on_unseen: what becomes of a layer with a quantizer that saw no data: 'error', or left 'float'.
         observer: how activation ranges follow from data, 'minmax' or 'percentile'.
         importance: what weighs the errors of block outputs: the gradient at the 'disturbed' model, or its change under
             a 'perturbation'.

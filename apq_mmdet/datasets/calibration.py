@@ -65,19 +65,20 @@ class CalibrationImages(Sequence):
             if sample is None:
                 raise BadInputError(f"calibration image {path}: the test pipeline makes nothing of it")
 
-    def overlap(self, evaluated: Sequence[str], allowed: bool = False) -> int:
-        """How many images are among the ``evaluated`` paths; AP is then measured on seen images.
 
-        Raises:
-            BadInputError: there are some, and that is not ``allowed``.
-        """
-        shared = {os.path.realpath(p) for p in self.paths} & {os.path.realpath(p) for p in evaluated}
-        if shared and not allowed:
-            raise BadInputError(
-                f"{len(shared)} of {len(self)} calibration images are evaluated images, e.g. {min(shared)}; "
-                f"calibrate on training images or on another folder"
-            )
-        return len(shared)
+def count_overlap(paths: Sequence[str], evaluated: Sequence[str], allowed: bool = False, remedy: str = "") -> int:
+    """How many calibration images are among the ``evaluated`` paths; AP is then measured on seen images.
+
+    Raises:
+        BadInputError: there are some, and that is not ``allowed``; ``remedy`` ends its message.
+    """
+    shared = {os.path.realpath(p) for p in paths} & {os.path.realpath(p) for p in evaluated}
+    if shared and not allowed:
+        raise BadInputError(
+            f"{len(shared)} of {len(paths)} calibration images are evaluated images, e.g. {min(shared)}; "
+            f"calibrate on training images or on another folder{remedy}"
+        )
+    return len(shared)
 
 
 def only_local(path: str) -> str:
@@ -179,11 +180,11 @@ def training_images(cfg: Config) -> tuple[list[tuple[Any, str]], dict[str, Any]]
     if not configs:
         raise BadInputError("train_dataloader.dataset joins no data sets: give a folder with --calib-dir")
     sets = [_annotated_images(config) for config in configs]
-    images: dict[str, tuple[Any, str]] = {}  # by what is behind their paths
+    images: dict[str, tuple[Any, str]] = {}  # by path
     for info in (dataset.get_data_info(i) for dataset in sets for i in range(len(dataset))):
         path = info["img_path"]
-        images.setdefault(os.path.realpath(path), (info.get("img_id", path), path))
-    return list(images.values()), sets[0].metainfo
+        images.setdefault(path, (info.get("img_id", path), path))
+    return [images[path] for path in distinct(images)], sets[0].metainfo
 
 
 def _annotated_images(config: dict[str, Any]) -> BaseDataset:

@@ -11,6 +11,7 @@ import apq_mmdet
 from apq_mmdet.calibration.blocks import bytes_of
 from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate, check_model
 from apq_mmdet.calibration.recipe import Recipe
+from apq_mmdet.datasets.calibration import count_overlap
 from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
 from apq_mmdet.engine.block_states import BlockStatesOnDisk
 from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, save_quantized
@@ -163,7 +164,7 @@ class ClassificationRun:
                 f"{where} has {len(images.classes)} classes, {self.args.model} has {self.model.num_classes}; folders "
                 f"of some of the classes need --class-list, another model --model-args num_classes=N"
             )
-        self.images.overlap([path for path, _ in images.samples])
+        count_overlap(self.images.paths, [path for path, _ in images.samples])
         return images
 
     def _describe(self) -> dict[str, Any]:

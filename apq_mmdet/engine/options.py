@@ -12,6 +12,7 @@ from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, check_bits
 
 MOST_SEED = 2**32 - 1  # what numpy takes
+OVERLAP_REMEDY = "; --allow-overlap accepts the AP of seen images"
 
 
 def check_seed(seed: int, option: str = "--seed") -> int:

@@ -14,11 +14,13 @@ from apq_mmdet.datasets.calibration import (
     CalibrationImages,
     calibration_from_config,
     calibration_from_folder,
+    count_overlap,
     only_local,
     test_pipeline,
 )
 from apq_mmdet.engine.block_states import BlockStatesOnDisk, check_folder
 from apq_mmdet.engine.checkpoint import CHECKPOINT, META_KEY, load_float_weights, save_quantized
+from apq_mmdet.engine.options import OVERLAP_REMEDY
 from apq_mmdet.engine.plan import make_plan, render_plan
 from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG, standalone_config
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
@@ -111,10 +113,7 @@ class PTQLoop(TestLoop):
             missing = next((p for p in evaluated if not Path(p).is_file()), None)
             if missing:
                 raise BadInputError(f"evaluation image {missing} does not exist{only_local(missing)}")
-            try:
-                self.seen = images.overlap(evaluated, self.allow_overlap)
-            except BadInputError as error:
-                raise BadInputError(f"{error}; --allow-overlap accepts the AP of seen images") from error
+            self.seen = count_overlap(images.paths, evaluated, self.allow_overlap, OVERLAP_REMEDY)
         return images
 
     def _describe_run(self) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def leave_float(model: nn.Module, names: list[str]) -> None:
     table = getattr(model, "quantization_table", [])
     table[:] = [
         replace(row, bits=None, format="float32", granularity="-", groups=0, reason="no calibration data reached it")
-        if row.layer in names
+        if row.layer in names and row.bits is not None
         else row
         for row in table
     ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apq_mmdet.quantizers.base import Quantizer
 from apq_mmdet.quantizers.fused import Fused
-from apq_mmdet.quantizers.straight_through import is_trained, straight_through, unclipped
+from apq_mmdet.quantizers.straight_through import straight_through
 from apq_mmdet.registry import QUANTIZERS
 
 Bound = Tensor | float  # of codes less the zero point: a number on a CPU where all groups have one zero point
@@ -24,11 +24,7 @@ def _clip(x: Tensor, low: Bound, high: Bound) -> Tensor:
 def fake_quantize_affine(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """``clip(round(x / scale), low, high) scale``; its gradient is that of x inside the range and zero outside."""
     shifted = torch.div(x.detach(), scale).round_()
-    if is_trained(x):
-        clipped = _clip(shifted.clone(), low, high)
-        inside = unclipped(shifted, clipped)
-        return straight_through(x, clipped.mul_(scale), inside)
-    return _clip(shifted, low, high).mul_(scale)
+    return straight_through(x, shifted, lambda codes: _clip(codes, low, high), lambda codes: codes.mul_(scale))
 
 
 @Fused

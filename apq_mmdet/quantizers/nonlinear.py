@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.base import Quantizer
-from apq_mmdet.quantizers.straight_through import is_trained, straight_through, unclipped
+from apq_mmdet.quantizers.straight_through import straight_through
 
 
 class NonlinearQuantizer(Quantizer):
@@ -51,6 +51,4 @@ class NonlinearQuantizer(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the base class."""
         codes = self.positions(x.detach())
-        clipped = codes.clamp(self.code_min, self.code_max)
-        values = self.values(clipped)
-        return straight_through(x, values, unclipped(codes, clipped)) if is_trained(x) else values
+        return straight_through(x, codes, lambda q: q.clamp_(self.code_min, self.code_max), self.values)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.dynamic import DynamicQuantizer
-from apq_mmdet.quantizers.straight_through import is_trained, straight_through, unclipped
+from apq_mmdet.quantizers.straight_through import straight_through
 from apq_mmdet.registry import QUANTIZERS
 
 
@@ -44,11 +44,7 @@ class RowAffineQuantizer(DynamicQuantizer):
         """``decode_on(encode(x), row_steps(x))``, equal to the last bit; straight-through gradient."""
         steps = self.row_steps(x)
         codes = torch.div(x.detach(), steps).round_()
-        if is_trained(x):
-            clipped = codes.clamp(0, self.code_max)
-            inside = unclipped(codes, clipped)
-            return _with_unit_sum(straight_through(x, clipped.mul_(steps), inside))
-        return _with_unit_sum(codes.clamp_(0, self.code_max).mul_(steps))
+        return _with_unit_sum(straight_through(x, codes, lambda q: q.clamp_(0, self.code_max), lambda q: q.mul_(steps)))
 
 
 def _with_unit_sum(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The straight-through estimator, by which what rounds can be trained."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,19 +19,19 @@ class _StraightThrough(torch.autograd.Function):
         return grad * inside, None, None
 
 
-def is_trained(x: Tensor) -> bool:
-    """Whether a gradient of ``x`` will be asked for."""
-    return torch.is_grad_enabled() and x.requires_grad
+def straight_through(
+    x: Tensor, codes: Tensor, clip: Callable[[Tensor], Tensor], value: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``value(clip(codes))``; its gradient is that of ``x`` where clipping leaves a code as it is, and zero elsewhere.
 
-
-def unclipped(codes: Tensor, clipped: Tensor) -> Tensor:
-    """1 where clipping left a code as it was and 0 elsewhere, written over ``codes``.
-
-    As floats, because a CPU takes five times as long to multiply a gradient by booleans, though these are smaller.
+    Args:
+        x: what is quantized.
+        codes: of ``x``, whole floats before clipping, in its shape; made without a gradient, and written over.
+        clip, value: codes to codes and codes to values; they may write over what they are given.
     """
-    return codes.eq_(clipped)
-
-
-def straight_through(x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-    """``values``, whose gradient is that of ``x`` times ``inside``, which is ``unclipped``; all of one shape."""
-    return _StraightThrough.apply(x, values, inside)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return value(clip(codes))
+    clipped = clip(codes.clone())
+    # as floats: a CPU takes five times as long to multiply a gradient by booleans, though these are smaller
+    inside = codes.eq_(clipped)
+    return _StraightThrough.apply(x, value(clipped), inside)

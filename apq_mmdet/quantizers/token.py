@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apq_mmdet.quantizers.dynamic import DynamicQuantizer
-from apq_mmdet.quantizers.straight_through import is_trained, straight_through, unclipped
+from apq_mmdet.quantizers.straight_through import straight_through
 from apq_mmdet.registry import QUANTIZERS
 
 
@@ -48,8 +48,4 @@ class TokenAffineQuantizer(DynamicQuantizer):
         """``decode_on(encode(x), *grid(x))``, equal to the last bit; straight-through gradient."""
         low, step = self.grid(x)
         codes = torch.sub(x.detach(), low).div_(step).round_()
-        if is_trained(x):
-            clipped = codes.clamp(0, self.code_max)
-            inside = unclipped(codes, clipped)
-            return straight_through(x, clipped.mul_(step).add_(low), inside)
-        return codes.clamp_(0, self.code_max).mul_(step).add_(low)
+        return straight_through(x, codes, lambda q: q.clamp_(0, self.code_max), lambda q: q.mul_(step).add_(low))

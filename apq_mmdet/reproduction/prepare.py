@@ -14,10 +14,10 @@ from typing import Any
 from mmengine.config import Config
 
 import apq_mmdet
-from apq_mmdet.datasets.calibration import CalibrationImages, choose, training_images
+from apq_mmdet.datasets.calibration import choose, count_overlap, training_images
 from apq_mmdet.engine.command import choose_device
 from apq_mmdet.engine.float_config import config_files, read_config
-from apq_mmdet.engine.options import refuse_overwriting
+from apq_mmdet.engine.options import OVERLAP_REMEDY, refuse_overwriting
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_atomic, write_json
 from apq_mmdet.reproduction import checkpoints
@@ -92,7 +92,7 @@ def examine(selection: Selection, settings: Settings) -> Examined:
     names = {Path(path).name for _, path in used}
     check_images(settings.data_root / TRAIN, [file for file in train.files if file[0] in names], "calibration images")
     evaluated = [str(settings.data_root / VAL / name) for name, *_ in val.files]
-    CalibrationImages(used, []).overlap(evaluated, settings.allow_overlap)
+    count_overlap([path for _, path in used], evaluated, settings.allow_overlap, OVERLAP_REMEDY)
     conditions = _conditions(selection, digests, files, data)
     return Examined(data, evaluated[0], files, images, conditions)
 
