@@ -32,7 +32,8 @@ from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_o
 from apq_mmdet.policy import check_bits
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
-CHECKED = 50  # iterations between two looks at the parameters
+CHECKED = 50  # iterations between two looks at the parameters and the loss
+HOPELESS = 10  # times the loss of the beginning; where so many codes have moved too far, training does not come back
 
 
 def _squared(error: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
@@ -140,6 +141,7 @@ def reconstruct(
 
     Weights end on their quantizers' grids, so that quantizing them again changes no bit. The result is kept if it
     lowers the objective over all units with hard rounding and everything quantized; else all is as it was before.
+    Training ends early where its loss has grown to HOPELESS times that of the beginning.
     Formats that are not linear keep their parameters, and so do zero points.
 
     In a distributed run every process trains on the same units, which come from the images of all, and ends with what
@@ -154,6 +156,7 @@ def reconstruct(
 
     Returns:
         ``before`` and ``after``: the objective per unit; of several terms, which count alike, in units of the first.
+        Where training ended early, ``after`` is that of its last units.
         ``kept``: whether the result was better and is in place.
 
     Raises:
@@ -170,8 +173,8 @@ def reconstruct(
         restore = _restorer(module)
         after = math.inf
         try:
-            _train(module, calls, config, balance, seed, progress)
-            after = before * float(_mean_terms(module, calls, config.weighting) @ balance)
+            grown = _train(module, calls, config, balance, seed, progress)
+            after = before * (grown or float(_mean_terms(module, calls, config.weighting) @ balance))
         finally:
             if not after < before:
                 restore()
@@ -206,11 +209,14 @@ def _train(
     balance: Tensor,
     seed: int,
     progress: Callable[[int], None] | None,
-) -> None:
+) -> float | None:
     """Learn, and write what was learned into the block.
 
     Args:
-        balance: factors of the loss' terms, [terms].
+        balance: factors of the loss' terms, [terms], which make it start at 1.
+
+    Returns:
+        None; where the loss has become hopeless, and nothing was written, its mean over the last steps.
     """
     device = next(q.scale.device for q in quantizers_of(module))
     minibatches = Minibatches(calls, config.batch, torch.Generator().manual_seed(seed), device)
@@ -220,6 +226,7 @@ def _train(
         learned = _learned(module, activations, config)
         optimizer = torch.optim.Adam([{"params": [part.values], "lr": lr} for part, lr in learned])
         parts = [part for part, _ in learned]
+        recent: list[Tensor] = []  # losses since the last look
         for iteration in range(config.iterations):
             minibatch = minibatches.draw()
             with torch.enable_grad():
@@ -228,15 +235,21 @@ def _train(
                 terms = (_terms(module, call, config.weighting) for call in minibatch)
                 loss = sum(t @ balance.to(t.dtype) for t in terms)
             units = sum(len(call.targets) for call in minibatch)
+            recent.append(loss.detach() / units)
             _step(optimizer, learned, loss, units, iteration / config.iterations)
             left = config.iterations - 1 - iteration
             if left % CHECKED == 0:
                 _check(module, parts, left)
                 if progress is not None:
                     progress(left)
+                mean = gather(torch.stack(recent).mean().cpu())[0]  # of the first process: all go the same way
+                if mean > HOPELESS:
+                    return float(mean)
+                recent.clear()
     for part in parts:
         part.values.copy_(gather(part.values.cpu())[0])  # machines that compute differently still end alike
         part.write()
+    return None
 
 
 def _learned(

@@ -255,6 +255,18 @@ def test_a_worse_result_is_taken_back(rates):
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
+def test_hopeless_training_ends_early(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.reconstruction.HOPELESS", 1.5)  # so small a block would come back
+    block, calls = linear()
+    before, told = copy.deepcopy(block.state_dict()), []
+    config = replace(QUICK, rounding="straight_through", iterations=1000, rounding_lr=1.0, step_lr=1.0)
+    report = reconstruct(block, calls, config, seed=0, progress=told.append)
+    assert told == [950]
+    assert report["after"] > 1.5 * report["before"]
+    assert not report["kept"]
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+
+
 def test_an_exact_block_is_left_alone():
     block, calls = linear()
     exact = as_calls([call.map(lambda t: torch.zeros_like(t)) for call in calls])
