@@ -23,7 +23,7 @@ class NonlinearQuantizer(Quantizer):
 
     @abstractmethod
     def positions(self, x: Tensor) -> Tensor:
-        """Codes of ``x`` as whole floats, not clamped, in a new tensor; one beyond the code range marks a clipped value."""
+        """Codes of ``x`` as whole floats, in a new tensor and not clamped: those out of range are of clipped values."""
 
     @abstractmethod
     def values(self, codes: Tensor) -> Tensor:
