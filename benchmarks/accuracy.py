@@ -3,6 +3,7 @@
     python tools/make_demo_data.py --out data/demo
     python benchmarks/accuracy.py                     # runs what benchmarks/results/accuracy.jsonl lacks, then reports
     python benchmarks/accuracy.py --ablations         # single changes of one run
+    python benchmarks/accuracy.py --recipes apq_plus --bits W3A3 --cfg-options model.quant.equalize=0.5   # any other
     python benchmarks/accuracy.py --dry-run           # what is missing, and how long it takes
     python benchmarks/accuracy.py --report            # only docs/results.md and its plots
 
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from accuracy_grid import (
 )
 from accuracy_plots import draw_plots
 from accuracy_report import box_and_mask, write_report
+from mmengine.config import DictAction
 
 from apq_mmdet.checks import check_choice
 from apq_mmdet.engine.block_states import FINISHED
@@ -77,6 +80,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--best", nargs="*", metavar="RECIPE", help=best)
     add("--num-calib", type=int, default=NUM_CALIB, help=f"calibration images (default: {NUM_CALIB})")
     add("--max-val", type=int, metavar="N", help="evaluate the first N val images only; kept apart from full runs")
+    changes = "changes of every run, such as model.quant.search.rounds=2, for tools/quantize_det.py"
+    add("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=changes)
     add("--ablations", action="store_true", help="run the table of single changes instead of the grid")
     add("--dry-run", action="store_true", help="list the missing runs and their expected time, and stop")
     add("--limit-minutes", type=float, metavar="M", help="start no run after M minutes")
@@ -91,8 +96,10 @@ def chosen_specs(args: argparse.Namespace) -> list[Spec]:
     """The runs that the command line asks for.
 
     Raises:
-        BadInputError: unknown recipe.
+        BadInputError: unknown recipe, or options beside ablations, which have their own.
     """
+    if args.ablations and args.cfg_options:
+        raise BadInputError("--cfg-options changes the runs of the grid, and --ablations has changes of its own")
     if args.ablations:
         return [replace(spec, num_val=args.max_val) for spec in ablation_specs()]
     recipes = args.recipes or known_recipes()
@@ -101,7 +108,8 @@ def chosen_specs(args: argparse.Namespace) -> list[Spec]:
     for recipe in args.best or ():
         check_choice(recipe, recipes, "--best")
     best = BEST_RECIPES if args.best is None else args.best
-    return make_grid(recipes, best, args.bits, args.detectors, args.grounds, args.scopes, args.num_calib, args.max_val)
+    given = (args.bits, args.detectors, args.grounds, args.scopes, args.num_calib, args.max_val)
+    return [replace(spec, options=args.cfg_options) for spec in make_grid(recipes, best, *given)]
 
 
 # -- one run --------------------------------------------------------------------------------------------------
@@ -177,6 +185,15 @@ def cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def revision() -> str | None:
+    """The commit of the code, with ``-dirty`` where it has been changed since; None outside of a git repository."""
+    line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def execute(spec: Spec, work_dir: Path, eval_float: bool) -> dict[str, Any]:
     """Make one run; returns its row.
 
@@ -198,6 +215,8 @@ def execute(spec: Spec, work_dir: Path, eval_float: bool) -> dict[str, Any]:
         "peak_memory_bytes": report["peak_memory"]["host_bytes"],
         "checkpoint_bytes": report["sizes"]["quantized_checkpoint_bytes"],
         "versions": report["versions"],
+        "commit": revision(),
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 

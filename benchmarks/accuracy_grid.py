@@ -151,6 +151,7 @@ TWO = replace(PLUS, bits="W2A4")
 EIGHT = replace(BASE, bits="W8A8", recipe="minmax")
 _SEARCH, _FORMATS = "model.quant.search", "model.quant.formats"
 _ATTENTION = f"{_FORMATS}.products.attention"
+_AT_BLOCK = {f"{_SEARCH}.metric": "block", f"{_SEARCH}.objective.type": "hessian"}
 
 
 def _changed(key: str, value: Any, base: Spec = BASE) -> Spec:
@@ -172,10 +173,12 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "0.2": _changed(f"{_SEARCH}.objective.eliminate", 0.2),
         "0.5": _changed(f"{_SEARCH}.objective.eliminate", 0.5),
     },
-    "eliminated by": {
-        "error": BASE,
-        "gradient": _changed(f"{_SEARCH}.objective.eliminate_by", "gradient"),
-        "weighted": _changed(f"{_SEARCH}.objective.eliminate_by", "weighted"),
+    "half eliminated by": {  # a tenth is too little for the criterion to tell
+        "error": _changed(f"{_SEARCH}.objective.eliminate", 0.5),
+        **{
+            by: replace(BASE, options={f"{_SEARCH}.objective.eliminate": 0.5, f"{_SEARCH}.objective.eliminate_by": by})
+            for by in ("gradient", "weighted")
+        },
     },
     "attention format": {
         "matthew (MPQ)": BASE,
@@ -221,6 +224,13 @@ ABLATIONS: dict[str, dict[str, Spec]] = {
         "tokens weighted by gradients": _changed("model.quant.compensation.weighted", True, PLUS),
         "damping 0.02": _changed("model.quant.compensation.damping", 0.02, PLUS),
         "codes not learned": _changed("model.quant.reconstruction.max_bits", 2, PLUS),
+    },
+    "objective of apq_plus": {
+        "squared error of the layer": PLUS,
+        "of the block, weighted by gradients": replace(PLUS, options=_AT_BLOCK),
+        "the same without the least tenth (BBC)": replace(
+            PLUS, options={**_AT_BLOCK, f"{_SEARCH}.objective.eliminate": 0.1}
+        ),
     },
     "tokens of an image in apq_plus": {
         "all, 3,136 at most": PLUS,

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from accuracy_grid import DETECTORS, GROUNDS, Spec
+from accuracy_grid import DETECTORS, FIRST_BITS, GROUNDS, Spec
 from accuracy_report import bits_order, compared, float_rows, percent
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 Row = dict[str, Any]
-SCOPE, BITS = "backbone", "W4A4"
+SCOPE = "backbone"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; marker and line tell recipes of one colour apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P"), ("-", "--", ":")
@@ -117,11 +117,16 @@ def ap_over_bits(found: dict[tuple[str, str], list[Row]], rows: Sequence[Row]) -
 
 
 def ap_over_time(found: dict[tuple[str, str], list[Row]], rows: Sequence[Row]) -> Figure:
-    """Box AP at 4 bits over the seconds of calibration, a labelled point for each recipe."""
-    found = {key: part for key, whole in found.items() if (part := [row for row in whole if row["bits"] == BITS])}
-    figure, axes = new_figure(len(found))
-    look = styles([row for part in found.values() for row in part])
-    for axis, (key, part) in zip(axes, found.items(), strict=True):
+    """Box AP over the seconds of calibration, a panel for each of the first bits, a labelled point for each recipe."""
+    of_width = {
+        (key, width): part
+        for width in FIRST_BITS
+        for key, whole in found.items()
+        if (part := [row for row in whole if row["bits"] == width])
+    }
+    figure, axes = new_figure(len(of_width))
+    look = styles([row for part in of_width.values() for row in part])
+    for axis, ((key, width), part) in zip(axes, of_width.items(), strict=True):
         points = []
         for recipe, runs in by_recipe(part).items():
             seconds = statistics.median(row["calibration_seconds"] for row in runs)
@@ -129,7 +134,7 @@ def ap_over_time(found: dict[tuple[str, str], list[Row]], rows: Sequence[Row]) -
             axis.scatter(*points[-1][:2], color=look[recipe]["color"], marker=look[recipe]["marker"], s=28, zorder=3)
         axis.set_xscale("log")
         axis.margins(x=0.3)
-        axis.set_xlabel(f"seconds of calibration, {BITS}", fontsize=9)
+        axis.set_xlabel(f"seconds of calibration, {width}", fontsize=9)
         dress(axis, key, part, float_rows(rows, Spec.from_row(part[0])))
         figure.canvas.draw()  # fixes the scales that the labels are placed by
         place_labels(axis, points)

@@ -7,7 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accuracy_grid import ABLATIONS, BASE, DETECTORS, EIGHT, GROUNDS, NUM_CALIB, PLUS, SCOPES, TWO, Spec, base_of, label
+from accuracy_grid import (
+    ABLATIONS,
+    BASE,
+    DETECTORS,
+    EIGHT,
+    FIRST_BITS,
+    GROUNDS,
+    NUM_CALIB,
+    PLUS,
+    SCOPES,
+    TWO,
+    Spec,
+    base_of,
+    label,
+)
 
 Row = dict[str, Any]
 TASKS = ("bbox", "segm")
@@ -140,18 +154,28 @@ def recipe_table(rows: Sequence[Row], reference: Sequence[Row]) -> str:
         aps = [percent(row, "bbox") for row in found if row["bits"] == SORTED_BY]
         return statistics.fmean(aps) if aps else -1.0
 
+    timed = [width for width in FIRST_BITS if width in widths] or widths[:1]
     lines = [["float", "", *[box_and_mask(reference, "float_metrics") or "not measured"] * len(widths), "", ""]]
     for (recipe, images), found in sorted(groups.items(), key=lambda item: -rank(item[1])):
         cells = [box_and_mask([row for row in found if row["bits"] == width]) or NOT_RUN for width in widths]
-        timed = [row for row in found if row["bits"] == SORTED_BY] or found  # bits differ in what is done at them
-        lines.append([f"`{recipe}`", str(images), *cells, *cost(timed)])
-    return markdown(["recipe", "images", *widths, "calibration", "peak memory"], lines)
+        seconds = [median_seconds([row for row in found if row["bits"] == width]) for width in timed]
+        lines.append([f"`{recipe}`", str(images), *cells, " / ".join(seconds), peak_memory(found)])
+    return markdown(["recipe", "images", *widths, f"seconds at {' / '.join(timed)}", "peak memory"], lines)
 
 
 def cost(rows: Sequence[Row]) -> list[str]:
     """Median seconds of calibration, and the highest peak of memory."""
-    seconds = statistics.median(row["calibration_seconds"] for row in rows)
-    return [f"{seconds:.1f} s", f"{max(row['peak_memory_bytes'] for row in rows) / 2**20:.0f} MiB"]
+    return [f"{median_seconds(rows)} s", peak_memory(rows)]
+
+
+def median_seconds(rows: Sequence[Row]) -> str:
+    """Of calibration; what stands for runs that are missing where there are none."""
+    return f"{statistics.median(row['calibration_seconds'] for row in rows):.0f}" if rows else NOT_RUN
+
+
+def peak_memory(rows: Sequence[Row]) -> str:
+    """The highest of all runs."""
+    return f"{max(row['peak_memory_bytes'] for row in rows) / 2**20:.0f} MiB"
 
 
 def ablation_table(rows: Sequence[Row], num_val: int | None = None) -> str:
@@ -248,6 +272,7 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
     """Commands, versions and machines of the rows."""
     versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows})
     machines = sorted({f"{row.get('cpu', 'processor not recorded')}, threads: {row['threads']}" for row in rows})
+    dated = [row for row in rows if row.get("commit")]
     log = "[benchmarks/results/accuracy.jsonl](../benchmarks/results/accuracy.jsonl)"
     lines = [
         "    python tools/make_demo_data.py --out data/demo",
@@ -256,8 +281,9 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
         "",
         f"{len(rows)} runs, one line each in {log};",
         "this page is written from them by `python benchmarks/accuracy.py --report`. What the grid lacks came from the",
-        "same script's options (`--recipes`, `--bits`, `--num-calib`, `--best`), rows with changed options from the",
-        "`--cfg-options` of `tools/quantize_det.py`.",
+        "same script's options (`--recipes`, `--bits`, `--scopes`, `--num-calib`, `--best`, `--cfg-options`).",
+        f"{len(dated)} rows say which commit made them; the older ones are of the commit that added them, or of one",
+        "before it.",
         "",
         *[f"* Versions: {text}." for text in versions],
         *[f"* Machine: {text}." for text in machines],
@@ -265,9 +291,9 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
         "(demo-detectors.md)); with",
         "  several seeds the mean ± the largest less the smallest. A seed chooses the calibration images, from the",
         "  train split.",
-        f"* Recipes are sorted by box AP at {SORTED_BY}. Calibration time is the median of a line's runs at "
-        f"{SORTED_BY}, peak memory the",
-        f"  highest of them; of all its runs where none is at {SORTED_BY}. {NOT_RUN} has not been run.",
+        f"* Recipes are sorted by box AP at {SORTED_BY}. Seconds of calibration are the median of a cell's runs, peak "
+        f"memory",
+        f"  the highest of a line's. {NOT_RUN} has not been run.",
     ]
     if len(machines) > 1:
         lines += [

@@ -54,12 +54,13 @@ def row(box=48.0, mask=47.0, reference=None, **changes):
         "cpu": "Abacus 1",
         "peak_memory_bytes": 800 * 2**20,
         "versions": {"apq_mmdet": "0.1.0", "torch": "2.13.0"},
+        "commit": "0123abc",
     }
 
 
 def old(new):
     """The row without the keys that came later."""
-    return {k: v for k, v in new.items() if k not in ("ground", "options", "num_val", "seconds", "cpu")}
+    return {k: v for k, v in new.items() if k not in ("ground", "options", "num_val", "seconds", "cpu", "commit")}
 
 
 def spec(**changes):
@@ -117,6 +118,17 @@ def test_unknown_recipe_is_refused_with_the_near_one(capsys):
     assert "unknown value 'minmx'; did you mean 'minmax'?" in capsys.readouterr().err
     assert accuracy.main(["--recipes", "minmax", "--best", "apq", "--dry-run"]) == 2
     assert "--best: unknown value 'apq'" in capsys.readouterr().err
+    assert accuracy.main(["--ablations", "--cfg-options", "a=1", "--dry-run"]) == 2
+    assert "--cfg-options changes the runs of the grid" in capsys.readouterr().err
+
+
+def test_options_are_those_of_every_run():
+    options = {"model.quant.equalize": 0.5, "model.quant.search.order": "forward"}
+    words = [f"{key}={value}" for key, value in options.items()]
+    args = accuracy.parse_args(["--recipes", "minmax", "percentile", "--bits", "W3A3", "--cfg-options", *words])
+    specs = accuracy.chosen_specs(args)
+    assert {s.recipe for s in specs} == {"minmax", "percentile"}
+    assert all(s.options == options for s in specs)
 
 
 def test_dry_run_tells_number_and_time(tmp_path, capsys):
@@ -259,25 +271,26 @@ def test_report_of_a_few_rows(tmp_path):
     assert "* Machine: Abacus 1, threads: 1." in lines
     assert "* Machine: processor not recorded, threads: 1." in lines
     assert "* Versions: apq_mmdet 0.1.0, torch 2.13.0." in lines
+    assert any(line.startswith("8 rows say which commit made them") for line in lines)
     start = lines.index("## mask-rcnn, plain, scope `backbone`")
     assert lines[start + 4 : start + 9] == [
-        "| recipe | images | W4A4 | W3A3 | calibration | peak memory |",
+        "| recipe | images | W4A4 | W3A3 | seconds at W4A4 / W3A3 | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
         "| float |  | 51.4 / 51.5 | 51.4 / 51.5 |  |  |",
-        "| `apq_fast` | 32 | 49.1 / 48.2 | - | 64.0 s | 800 MiB |",
-        "| `minmax` | 32 | 48.3 ± 0.4 / 47.3 ± 0.2 | 37.3 / 34.3 | 64.0 s | 800 MiB |",
+        "| `apq_fast` | 32 | 49.1 / 48.2 | - | 64 / - | 800 MiB |",
+        "| `minmax` | 32 | 48.3 ± 0.4 / 47.3 ± 0.2 | 37.3 / 34.3 | 64 / 64 | 800 MiB |",
     ]
     start = lines.index("## mask-rcnn, stressed, scope `backbone`")
     assert lines[start + 6 : start + 8] == [
         "| float |  | 51.3 / 51.4 |  |  |",
-        "| `apq_pc_fast` | 32 | 50.3 / 50.4 | 64.0 s | 800 MiB |",
+        "| `apq_pc_fast` | 32 | 50.3 / 50.4 | 64 | 800 MiB |",
     ]
     start = lines.index("## mask-rcnn, plain, scope `backbone`, first 50 val images only")
-    assert "| `minmax` | 32 | 20.0 / 10.0 | 64.0 s | 800 MiB |" in lines[start : start + 9]
-    assert "| metric | block (base) | 49.1 / 48.2 | +0.0 | +0.0 | 64.0 s | 800 MiB |" in lines
-    assert "| metric | module | 48.6 / 48.3 | -0.5 | +0.1 | 64.0 s | 800 MiB |" in lines
+    assert "| `minmax` | 32 | 20.0 / 10.0 | 64 | 800 MiB |" in lines[start : start + 9]
+    assert "| metric | block (base) | 49.1 / 48.2 | +0.0 | +0.0 | 64 s | 800 MiB |" in lines
+    assert "| metric | module | 48.6 / 48.3 | -0.5 | +0.1 | 64 s | 800 MiB |" in lines
     other = "mask-rcnn, plain, backbone, W4A4, `minmax` | other=1"
-    assert f"| {other} | 45.5 ± 1.0 / 44.1 ± 0.2 | 64.0 s | 800 MiB |" in lines
+    assert f"| {other} | 45.5 ± 1.0 / 44.1 ± 0.2 | 64 s | 800 MiB |" in lines
     assert "| `norm1` | 1.89 / 24.3 |" in lines
     published = page[page.index("## Published, not measured here") :]
     assert "COCO val2017" in published
