@@ -138,6 +138,7 @@ class Policy:
         formats: the recipe's rules; a pattern may match nothing.
         overrides: the user's rules; a pattern that matches no layer is an error.
         output_compensation: whether blocks get a linear correction of their output, in float (QwT).
+        mlp_refit: whether MLPs get a ReLU for their GELU, to which calibration refits their weights (APHQ-ViT).
     """
 
     w_bits: int = 8
@@ -146,6 +147,7 @@ class Policy:
     formats: dict[str, Rule] = field(default_factory=dict)
     overrides: dict[str, Rule] = field(default_factory=dict)
     output_compensation: bool = False
+    mlp_refit: bool = False
 
     @classmethod
     def from_dict(cls, policy: dict[str, Any], where: str = "quant") -> "Policy":
@@ -161,7 +163,8 @@ class Policy:
         for key in ("formats", "overrides"):
             rules = check_rules(policy.get(key, {}), f"{where}.{key}", "dict(name=dict(pattern=..., ...))")
             policy[key] = {name: Rule.from_dict(rule, f"{where}.{key}.{name}") for name, rule in rules.items()}
-        check_bool(policy.get("output_compensation", False), f"{where}.output_compensation")
+        for key in ("output_compensation", "mlp_refit"):
+            check_bool(policy.get(key, False), f"{where}.{key}")
         return cls(**policy)
 
     def scheme(self, name: str, kind: str, roles: tuple[str, ...]) -> tuple[dict[str, QuantizerSpec], dict[str, str]]:

@@ -4,10 +4,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
@@ -20,11 +19,13 @@ from apq_mmdet.calibration.compensation import compensate
 from apq_mmdet.calibration.distributed import gather, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.memory import release_freed
+from apq_mmdet.calibration.mlp_refit import refit_mlps
 from apq_mmdet.calibration.output_compensation import fit_output_compensation
 from apq_mmdet.calibration.progress import Progress, SearchBar
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.reconstruction import reconstruct, worth_reconstructing
+from apq_mmdet.calibration.reports import BlockReport, BlockStates, CalibrationReport
 from apq_mmdet.calibration.sampling import sampled_units
 from apq_mmdet.calibration.search import search_block
 from apq_mmdet.calibration.store import CaptureStore
@@ -33,58 +34,11 @@ from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError, listed
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
+from apq_mmdet.layers.mlp_refit import mlps_of, original_activations, replaced_activation
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MEMORY_BUDGET = 4 * 2**30  # bytes
 HELD = 8  # one part in so many of it holds captured tensors; the rest is for one image's backward pass and the search
-
-
-class BlockStates(Protocol):
-    """Where finished blocks are kept, so that a killed calibration can go on."""
-
-    def load(self, block: str) -> dict[str, Any] | None:
-        """``dict(state=, report=)`` of a finished block, its tensors and most of its BlockReport, or None."""
-
-    def save(self, block: str, finished: dict[str, Any]) -> None:
-        """Keep a block that has just been finished."""
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What the calibration of one block did.
-
-    Attributes:
-        seconds: wall-clock time of its search, in the run that searched it.
-        factors: the range factor that the search chose by layer and role; compensation and reconstruction may have
-            changed the range since.
-        reconstructions: objective ``before`` and ``after`` each, and whether its result was better and ``kept``.
-        resumed: whether an earlier run had finished it.
-    """
-
-    block: str
-    seconds: float
-    factors: dict[str, float]
-    reconstructions: list[dict[str, float | bool]]
-    resumed: bool
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """What a calibration did.
-
-    Attributes:
-        left_float: names of the layers that saw no data.
-        seconds: wall-clock time, of this run alone.
-    """
-
-    blocks: list[BlockReport]
-    left_float: list[str]
-    seconds: float
-
-    @property
-    def earlier_seconds(self) -> float:
-        """What an earlier run spent on the blocks that this one did not search again."""
-        return sum(block.seconds for block in self.blocks if block.resumed)
 
 
 def calibrate(
@@ -141,9 +95,10 @@ def calibrate(
         left_float = _handle_unseen(model, recipe.on_unseen)
         if recipe.search:
             _refuse_uncalled(blocks, store)
-        model.weights_changed_by_calibration = recipe.equalize > 0  # until both sides of a factor are changed
-        _transform(model, blocks, store, recipe.equalize)
-        model.weights_changed_by_calibration = False
+        refit = recipe.policy.mlp_refit
+        model.weights_changed_by_calibration = refit or recipe.equalize > 0  # until both sides of a factor are changed
+        _transform(model, blocks, store, recipe.equalize, seed)
+        model.weights_changed_by_calibration = refit
         _take_observed_ranges(model)
         reports: list[BlockReport] = []
         if recipe.search is not None:
@@ -229,7 +184,8 @@ def float_pass(
         def see(name: str, args: tuple, kwargs: dict, output: Any, image: int = image) -> None:
             store.add_call(name, image, args, kwargs, output)
 
-        with float_only(model), quantizer_mode(inputs, QuantizerMode.OBSERVE), watch_blocks(blocks, see):
+        observing = quantizer_mode(inputs, QuantizerMode.OBSERVE)
+        with float_only(model), original_activations(model), observing, watch_blocks(blocks, see):
             teacher = task.teacher(model, samples[image])
         for quantizer in inputs:
             quantizer.observer.end_image()
@@ -244,17 +200,23 @@ def float_pass(
     share_observed(inputs)
 
 
-def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureStore, strength: float) -> None:
-    """Make the channels of every block more even, and find their centers; blocks keep their float function."""
+def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureStore, strength: float, seed: int) -> None:
+    """Refit MLPs, make the channels of every block more even, and find their centers.
+
+    But for the refit, blocks keep their float function.
+    """
     shared = _shared_parameters(model)
     for name in tqdm(store.order(), desc="transform", unit="block", disable=not is_main_process()):
         block = blocks[name]
         even = strength > 0 and bool(rescalings_of(block))
         centered = bool(centered_layers(block))
-        if even or centered:
+        refitted = any(replaced_activation(mlp) is not None for _, mlp in mlps_of(block))
+        if even or centered or refitted:
             calls, module = UnitCalls(store, (name, "whole")), unit_module(block)
             for call in store.inputs(name):
                 calls.add(to_units(block, call))
+            if refitted:
+                refit_mlps(block, module, calls, seed)
             if even:
                 equalize(block, module, calls, strength, shared)
             if centered:

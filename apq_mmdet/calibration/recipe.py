@@ -167,7 +167,8 @@ class Recipe:
     @property
     def changes_weights(self) -> bool:
         """Whether a finished block differs from the float one in more than its quantizers."""
-        return self.compensation is not None or bool(self.reconstruction) or self.policy.output_compensation
+        learned = self.compensation is not None or bool(self.reconstruction)
+        return learned or self.policy.output_compensation or self.policy.mlp_refit
 
     def needs_gradients(self, block: str) -> bool:
         """Whether anything that is done to a block of this name weighs errors by gradients."""
@@ -194,7 +195,7 @@ class Recipe:
             if key in given:
                 check_choice(given[key], choices, f"quant.{key}")
         search, compensation = given.pop("search", None), given.get("compensation")
-        needing = ("importance", "equalize", "compensation", "reconstruction", "output_compensation")
+        needing = ("importance", "equalize", "compensation", "reconstruction", "output_compensation", "mlp_refit")
         steps = [key for key in needing if quant.get(key) not in (None, False, 0)]
         if search is None and steps:
             raise BadInputError(f"quant.{steps[0]} works on searched blocks: it needs a quant.search")
@@ -207,6 +208,10 @@ class Recipe:
             given["compensation"] = CompensationConfig.from_dict(compensation, "quant.compensation")
         given["reconstruction"] = _stages(quant.get("reconstruction"))
         searched = None if search is None else SearchConfig.from_dict(search, "quant.search")
+        if policy.mlp_refit and searched.windows:  # whose float outputs are computed anew, when weights have changed
+            raise BadInputError(
+                f"quant.mlp_refit needs whole blocks: quant.search.windows is {searched.windows}, not 0"
+            )
         return cls(name=quant.get("recipe", "custom"), policy=policy, search=searched, **given)
 
 

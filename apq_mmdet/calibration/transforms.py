@@ -9,6 +9,7 @@ left out on purpose: Swin pads windows with zeros behind the norm, and zeros sta
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -251,13 +252,7 @@ def equalize(
     if not places:
         return {}
 
-    def run() -> None:
-        for _, of_image in groupby(calls, key=lambda call: call.image):  # observers tell calls and images apart
-            for call in of_image:
-                module(*call.args, **call.kwargs)
-            for quantizer in quantizers_of(block):
-                quantizer.observer.end_image()
-
+    run = partial(run_images, block, module, calls)
     with float_only(block):
         factors = {}
         # a layer divides what the other rescalings leave of its input
@@ -267,13 +262,26 @@ def equalize(
                 if extent is not None:
                     factors[place.name] = balancing_factors(place.imbalance(*extent), strength)
                     place.divide(factors[place.name])
-        _observe_anew([place for place in places if place.name in factors], run)
+        observe_anew([operand for place in places if place.name in factors for operand in place.operands], run)
     return factors
 
 
-def _observe_anew(places: list[Rescaling], run: Callable[[], None]) -> None:
-    """Replace the observed ranges of all rescaled operands that are quantized."""
-    operands = dict.fromkeys(operand for place in places for operand in place.operands)
+def run_images(block: nn.Module, module: nn.Module, calls: UnitCalls) -> None:
+    """Run all calls of a block; its observers are told where an image ends."""
+    for _, of_image in groupby(calls, key=lambda call: call.image):
+        for call in of_image:
+            module(*call.args, **call.kwargs)
+        for quantizer in quantizers_of(block):
+            quantizer.observer.end_image()
+
+
+def observe_anew(operands: Sequence[tuple[nn.Module, str]], run: Callable[[], None]) -> None:
+    """Replace the observed ranges of those (layer, role) that are quantized, in all processes.
+
+    Args:
+        operands: what has been changed.
+        run: runs the float module on this process' calls.
+    """
     found = {
         (layer, role): layer.quantizers[role] for layer, role in operands if role in getattr(layer, "quantizers", ())
     }

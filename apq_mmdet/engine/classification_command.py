@@ -9,8 +9,9 @@ from mmengine.device import get_device
 
 import apq_mmdet
 from apq_mmdet.calibration.blocks import bytes_of
-from apq_mmdet.calibration.calibrator import CalibrationReport, calibrate, check_model
+from apq_mmdet.calibration.calibrator import calibrate, check_model
 from apq_mmdet.calibration.recipe import Recipe
+from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.datasets.calibration import count_overlap
 from apq_mmdet.datasets.image_folder import FolderImages, ImageFolder, read_class_list
 from apq_mmdet.engine.block_states import BlockStatesOnDisk

@@ -8,7 +8,7 @@ from typing import Any
 from mmdet.models.detectors.base import BaseDetector
 
 from apq_mmdet.calibration import Recipe, calibrate
-from apq_mmdet.calibration.calibrator import CalibrationReport
+from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.datasets.calibration import read_from_files
 from apq_mmdet.engine.checkpoint import CHECKPOINT, save_quantized
 from apq_mmdet.engine.quantized_config import CONFIG, DEFAULT_RECIPE, quantized_config, standalone_config

@@ -9,7 +9,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop
 
 import apq_mmdet
-from apq_mmdet.calibration.calibrator import MEMORY_BUDGET, CalibrationReport, calibrate, check_model
+from apq_mmdet.calibration.calibrator import MEMORY_BUDGET, calibrate, check_model
+from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.datasets.calibration import (
     CalibrationImages,
     calibration_from_config,

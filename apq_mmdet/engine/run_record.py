@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import apq_mmdet
-from apq_mmdet.calibration.calibrator import CalibrationReport
 from apq_mmdet.calibration.recipe import Recipe
+from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.layers.convert import LayerRow
 
 STATES = "calibration"  # folder in the work dir for finished blocks and captured activations

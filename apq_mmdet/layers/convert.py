@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.base import LAYERS, quantized_layers, to_quantized
 from apq_mmdet.layers.matmul import Product
+from apq_mmdet.layers.mlp_refit import replace_activations
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -122,7 +123,7 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
 
     Raises:
         BadInputError: the model is quantized already, an override matches no layer, a granularity does not fit, no
-            block can be compensated, or layers share a weight. No layer is quantized then;
+            block can be compensated, no MLP can be refitted, or layers share a weight. No layer is quantized then;
             attention may have got modules of its own for projections and products, the same function up to rounding.
     """
     if next(quantized_layers(model), None) is not None:
@@ -134,6 +135,8 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
     planned = _plan(model, part, policy)
     if policy.output_compensation:
         install_output_compensation(part)
+    if policy.mlp_refit:
+        replace_activations(part)
     unused = _training_only(part)
     inside = set(part.modules()) - unused
     table: list[LayerRow] = []

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import mmcv.cnn
 import torch
+from mmcv.cnn.bricks.transformer import FFN
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.backbones.swin import SwinBlock, WindowMSA
 from mmdet.models.dense_heads import DDQDETRHead, Mask2FormerHead, MaskFormerHead
@@ -24,6 +25,7 @@ from apq_mmdet.layers.conv import QuantizedConv2d, QuantizedConvTranspose2d
 from apq_mmdet.layers.convert import ATTENTION, INLINE, TRAINING_ONLY
 from apq_mmdet.layers.linear import QuantizedLinear
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
+from apq_mmdet.layers.mlp_refit import MLPS, Mlp
 from apq_mmdet.layers.output_compensation import COMPENSATED
 
 register_layer(mmcv.cnn.Linear)(QuantizedLinear)
@@ -34,6 +36,13 @@ register_block(PatchEmbed, PatchMerging, SwinBlock, FPN, AnchorHead, BBoxHead, F
 register_block(DetrTransformerEncoderLayer, DetrTransformerDecoderLayer, MLP, CSPLayer, DyHeadBlock)
 SAMPLERS.register(BBoxHead, FCNMaskHead)(sample_rows)
 COMPENSATED[SwinBlock] = lambda block: block.attn.w_msa.embed_dims
+
+
+@MLPS.register(FFN)
+def _mlp(ffn: FFN) -> Mlp | None:
+    if type(ffn).forward is not FFN.forward or ffn.num_fcs != 2:
+        return None
+    return Mlp(ffn.layers[0][0], ffn.layers[1], ffn.layers[0], "1")
 
 
 @SAMPLERS.register(SwinBlock)

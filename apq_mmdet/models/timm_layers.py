@@ -13,6 +13,7 @@ from timm.layers import (
     AttentionPoolLatent,
     AttentionRope,
     DiffAttention,
+    Mlp,
     PatchEmbed,
     maybe_add_mask,
     resolve_self_attn_mask,
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from apq_mmdet.calibration.blocks import BlockCall, register_block
 from apq_mmdet.calibration.recipe import SearchConfig
 from apq_mmdet.calibration.sampling import SAMPLERS
+from apq_mmdet.layers import mlp_refit
 from apq_mmdet.layers.convert import ATTENTION, FLOAT_REASONS, INLINE
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.layers.output_compensation import COMPENSATED
@@ -43,6 +45,13 @@ def _compensated_channels(block: Block) -> int | None:
 
 
 COMPENSATED[SwinTransformerBlock] = lambda block: block.dim
+
+
+@mlp_refit.MLPS.register(Mlp)
+def _mlp(mlp: Mlp) -> mlp_refit.Mlp | None:
+    if type(mlp).forward is not Mlp.forward or not isinstance(mlp.norm, nn.Identity):
+        return None
+    return mlp_refit.Mlp(mlp.fc1, mlp.fc2, mlp, "act") if isinstance(mlp.fc1, nn.Linear) else None
 
 
 class ProductWindowAttention(WindowAttention):

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from helpers import build_swin, in_processes, process_group, recipe, short_grids
 
-from apq_mmdet.calibration import calibrate, distributed, units
+from apq_mmdet.calibration import calibrate, distributed, mlp_refit, units
 from apq_mmdet.calibration.distributed import by_shard, own_images
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model
@@ -18,20 +18,24 @@ from apq_mmdet.layers import packed_state_dict, quantize_model
 SHARD = 3  # fewer than in use: as many shards with fewer images
 IMAGES = 2 * SHARD + 2  # three shards
 FEW = SHARD  # one shard: all but one process have no image
-# recipe, bits of weights and of activations, images; apq_plus changes weights and, at 3 bits, measures tokens
+# recipe, bits of weights and of activations, images; apq_plus changes weights and, at 3 bits, measures tokens; aphq
+# perturbs, refits MLPs and learns roundings softly; repq has quantiles
 RUNS = [
     ("apq", 4, 4, IMAGES),
     ("apq_fast", 4, 4, IMAGES),
     ("apq_plus", 4, 3, IMAGES),
     ("apq_plus", 4, 4, FEW),
     ("qwt", 4, 4, IMAGES),
+    ("aphq", 4, 4, IMAGES),
+    ("repq", 4, 4, IMAGES),
 ]
 DEALT = {1: 10, 2: 20, 3: None, 4: 40, 6: 60}  # values of shards: some are missing, one says nothing
 
 
 @contextmanager
 def small_shards() -> Iterator[None]:
-    with patch.object(distributed, "SHARD", SHARD), patch.object(units, "SHARD", SHARD):
+    steps = patch.object(mlp_refit, "STEPS", 10)
+    with patch.object(distributed, "SHARD", SHARD), patch.object(units, "SHARD", SHARD), steps:
         yield
 
 
@@ -39,8 +43,12 @@ def calibrated(name: str, w_bits: int, a_bits: int, images: int) -> dict[str, to
     torch.manual_seed(0)
     torch.set_num_threads(1)
     grids = short_grids(9 if name == "apq" else 3)  # more than eight candidates are screened
-    learning = dict(reconstruction=dict(rounding="straight_through", iterations=20)) if name == "apq_plus" else {}
-    settings = recipe(name, w_bits=w_bits, a_bits=a_bits, search=dict(grids=grids, rounds=1), **learning)
+    changes = {
+        "apq_plus": dict(reconstruction=dict(rounding="straight_through", iterations=20)),
+        "aphq": dict(reconstruction=dict(weighting="absolute", iterations=20), mlp_refit=True),
+    }.get(name, {})
+    search = {} if name == "repq" else dict(search=dict(grids=grids, rounds=1))
+    settings = recipe(name, w_bits=w_bits, a_bits=a_bits, **search, **changes)
     model = build_swin()
     quantize_model(model, settings.policy)
     calibrate(model, [torch.randn(1, 3, 29, 21 + 8 * (i % 2)) for i in range(images)], settings)

@@ -11,7 +11,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from apq_mmdet.calibration.calibrator import CalibrationReport
+from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.datasets import calibration
 from apq_mmdet.engine import detector, quantize_detector, save_detector
 from apq_mmdet.errors import BadInputError

@@ -14,7 +14,7 @@ from small_classifiers import VIT, options
 from torch import nn
 
 import apq_mmdet
-from apq_mmdet.calibration.calibrator import CalibrationReport
+from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.engine import classification_command, ptq_loop
 from apq_mmdet.engine.ptq_loop import PTQLoop
 from apq_mmdet.engine.run_record import run_report
