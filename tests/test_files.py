@@ -142,12 +142,16 @@ def test_other_objects_are_refused_by_name(tmp_path):
 
 def test_getattr_is_not_let_through(tmp_path):
     class Sneaky:
-        def __reduce__(self):
-            return getattr, (HistoryBuffer, "__init__")
+        def __init__(self, owner, name):
+            self.asked = (owner, name)
 
-    torch.save({"x": Sneaky()}, tmp_path / "sneaky.pth")
-    with pytest.raises(BadInputError):
-        safe_load(tmp_path / "sneaky.pth")
+        def __reduce__(self):
+            return getattr, self.asked
+
+    for owner, name in ((HistoryBuffer, "__init__"), (torch.Tensor, "mean"), (torch.Tensor, "__reduce__")):
+        torch.save({"x": Sneaky(owner, name)}, tmp_path / "sneaky.pth")
+        with pytest.raises(BadInputError, match=f"refused attribute '{name}'"):
+            safe_load(tmp_path / "sneaky.pth")
 
 
 @FORMATS

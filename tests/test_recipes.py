@@ -74,6 +74,18 @@ def test_models_of_double_precision_are_calibrated_as_others_are(name):
 
 
 PAPERS_OBJECTIVE = dict(type="hessian", eliminate=0.1, eliminate_by="error")
+NARROW = {  # grids of the paper's reconstruction
+    "Linear": (0.7, 1.1, 100),
+    "Conv2d": (0.9, 1.2, 100),
+    "ConvTranspose2d": (0.9, 1.2, 100),
+    "MatMul": (0.9, 1.2, 100),
+}
+
+
+def grids_of(settings):
+    return settings.search.grids
+
+
 PARTS = {  # what makes a recipe what it is
     "apq": lambda r: (
         (r.search.metric, r.search.order, r.search.rounds, r.search.objective)
@@ -84,6 +96,16 @@ PARTS = {  # what makes a recipe what it is
         [(s.rounding, s.max_bits) for s in r.reconstruction] == [("straight_through", 3)]
         and (r.search.metric, r.search.block_input, r.equalize) == ("module", "quantized", 1)
         and (len(r.search.factors("Linear")), r.compensation.ranges, r.compensation.weighted) == (41, 41, False)
+    ),
+    "minmax": lambda r: r.observer == "minmax" and r.search is None and not r.equalize,
+    "apq_pc": lambda r: grids_of(r) == {**NARROW, "MatMul": (0.1, 1.2, 100)} and r.search.shortlist == 0,
+    "apq_fast": lambda r: (
+        grids_of(r) == {kind: (*grid[:2], 20) for kind, grid in NARROW.items()}
+        and (r.search.rounds, r.search.shortlist, r.search.windows, r.search.rows) == (1, 6, 2, 32)
+        and (r.search.metric, r.search.objective) == ("block", PAPERS_OBJECTIVE)
+    ),
+    "apq_pc_fast": lambda r: (
+        grids_of(r)["MatMul"] == (0.1, 1.2, 23) and (r.search.rounds, r.search.shortlist, r.search.windows) == (1, 6, 2)
     ),
     "percentile": lambda r: r.observer == "percentile" and r.search is None,
     "base_ptq": lambda r: r.search.objective == dict(type="cosine") and r.search.rounds == 1,
@@ -100,12 +122,21 @@ PARTS = {  # what makes a recipe what it is
 }
 
 
+def test_the_parts_of_all_recipes_are_told():
+    assert set(PARTS) == set(FORMATS) == set(NAMES)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_parts(name):
     assert PARTS[name](recipe(name))
 
 
 FORMATS = {  # of the attention maps, and of the input behind the GELU
+    "minmax": ("matthew, asymmetric", "affine, asymmetric"),
+    "apq": ("matthew, asymmetric", "affine, asymmetric"),
+    "apq_fast": ("matthew, asymmetric", "affine, asymmetric"),
+    "apq_pc": ("affine, asymmetric", "affine, asymmetric"),
+    "apq_pc_fast": ("affine, asymmetric", "affine, asymmetric"),
     "percentile": ("affine, asymmetric", "affine, asymmetric"),
     "base_ptq": ("affine, symmetric", "affine, symmetric"),
     "ptq4vit": ("twin_softmax, asymmetric", "twin_gelu, asymmetric"),
@@ -115,6 +146,10 @@ FORMATS = {  # of the attention maps, and of the input behind the GELU
     "apq_plus": ("row_affine, asymmetric", "affine, asymmetric"),
     "erq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
     "qdrop": ("affine, asymmetric", "affine, asymmetric"),
+    "brecq": ("affine, asymmetric", "affine, asymmetric"),
+    "aphq": ("affine, asymmetric", "affine, asymmetric"),
+    "fimaq": ("affine, asymmetric", "affine, asymmetric"),
+    "qwt": ("log_sqrt2, asymmetric", "affine, asymmetric"),
 }
 
 

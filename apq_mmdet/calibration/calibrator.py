@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from apq_mmdet.calibration.blocks import partition, watch_blocks
 from apq_mmdet.calibration.centers import center_inputs, centered_layers
-from apq_mmdet.calibration.compensation import compensate
+from apq_mmdet.calibration.compensation import compensate, is_compensated
 from apq_mmdet.calibration.distributed import gather, own_images, share_observed
 from apq_mmdet.calibration.importance import CalibrationTask, FeatureTask, capture_gradients
 from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.mlp_refit import refit_mlps
 from apq_mmdet.calibration.output_compensation import fit_output_compensation
-from apq_mmdet.calibration.progress import Progress, SearchBar
+from apq_mmdet.calibration.progress import Progress, SearchBar, steps_of
 from apq_mmdet.calibration.quantized_inputs import QuantizedInputs
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.reconstruction import reconstruct, worth_reconstructing
@@ -34,6 +34,7 @@ from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError, listed
 from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
+from apq_mmdet.layers.integer import float32_precision
 from apq_mmdet.layers.mlp_refit import mlps_of, original_activations, replaced_activation
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
@@ -88,7 +89,7 @@ def calibrate(
             "this recipe needs gradients, which torch.inference_mode() forbids: calibrate outside of it"
         )
     captures = CaptureStore(capture_dir, memory_budget // HELD)
-    with evaluating(model), _all_or_nothing(model), captures as store, torch.no_grad():
+    with evaluating(model), _all_or_nothing(model), float32_precision(), captures as store, torch.no_grad():
         for quantizer in quantizers_of(model):
             quantizer.use_observer(recipe.observer)
         float_pass(model, blocks if recipe.search else {}, samples, task, store)
@@ -289,9 +290,7 @@ def _finish_blocks(
     order = _to_search(blocks, store)
     inputs = QuantizedInputs(model, blocks, samples, task, store) if search.block_input == "quantized" else None
     reports = []
-    with SearchBar(
-        {name: search.rounds * len(quantizers_of(blocks[name])) for name in order}, is_main_process()
-    ) as bar:
+    with SearchBar({name: _steps(blocks[name], recipe) for name in order}, is_main_process()) as bar:
         for position, name in enumerate(order):
             start = time.perf_counter()
             bar.begin(name)
@@ -302,6 +301,7 @@ def _finish_blocks(
                 _load_state(blocks[name], kept["state"])
                 store.drop_calls(name, keep_inputs=inputs is not None)
                 reports.append(BlockReport(name, **kept["report"], resumed=True))
+                bar.skip()
             else:
                 done = _finish_one(blocks[name], name, store, recipe, bar, seed + position)
                 done["seconds"] = time.perf_counter() - start
@@ -315,6 +315,19 @@ def _finish_blocks(
     return reports
 
 
+def _steps(block: nn.Module, recipe: Recipe) -> int:
+    """What a block counts on the progress bar."""
+    module = unit_module(block)
+    stages = (stage for stage in recipe.reconstruction if worth_reconstructing(module, stage))
+    learning = sum(steps_of(stage.iterations) for stage in stages)
+    compensation = _compensated(module) if recipe.compensation is not None else 0
+    return recipe.search.rounds * len(quantizers_of(block)) + compensation + learning
+
+
+def _compensated(module: nn.Module) -> int:
+    return sum(is_compensated(layer) for _, layer in quantized_layers(module))
+
+
 def _finish_one(
     block: nn.Module, name: str, store: CaptureStore, recipe: Recipe, progress: Progress, seed: int
 ) -> dict[str, Any]:
@@ -326,12 +339,12 @@ def _finish_one(
         raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
     factors = search_block(module, calls, search.for_block(name), progress)
     if recipe.compensation is not None:
-        progress.stage("compensation")
+        progress.stage("compensation", _compensated(module))
         compensate(module, calls, recipe.compensation)
     reconstructions = []
     for number, stage in enumerate(recipe.reconstruction):
         if worth_reconstructing(module, stage):
-            progress.stage("reconstruction")
+            progress.stage("reconstruction", steps_of(stage.iterations))
             told = partial(progress.left, what="iterations")
             reconstructions.append(reconstruct(module, calls, stage, seed + number, told))
     fit_output_compensation(block, module, calls)

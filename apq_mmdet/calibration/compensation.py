@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import SeenEnough, tensors_of
 from apq_mmdet.calibration.columns import TOKENS, columns_of, has_columns, positions_of
-from apq_mmdet.calibration.distributed import by_shard
+from apq_mmdet.calibration.distributed import by_shard, take_from_first
 from apq_mmdet.calibration.replay import fixed_weights, layer_runs
 from apq_mmdet.calibration.spread_rounding import nearest_codes, spread_rounding
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
@@ -140,6 +140,13 @@ def compensate(module: nn.Module, calls: UnitCalls, config: CompensationConfig) 
         if not all(bool(t.isfinite().all()) for t in vars(moments).values()):
             raise CalibrationError(f"compensation of layer {name!r}: its inputs or gradients are NaN or infinite")
         _compensate_layer(layers[name], moments, config)
+        take_from_first(_changed_tensors(layers[name]))
+
+
+def _changed_tensors(layer: QuantizedLayer) -> list[Tensor]:
+    quantizer = layer.quantizers["weight"]
+    tensors = (layer.weight, layer.bias, quantizer.scale, quantizer.zero_point)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def is_compensated(layer: QuantizedLayer) -> bool:

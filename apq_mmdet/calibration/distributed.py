@@ -4,14 +4,17 @@ Candidate errors are sums over images. They are gathered and added in the order 
 ties fall the same way for any number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info
+from torch import Tensor
 
-from apq_mmdet.errors import CalibrationError
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.quantizers import Quantizer
+
+Result = TypeVar("Result")
 
 SHARD = 8  # neighbouring images, whose small calls share a tile; images are dealt to the processes by shards
 
@@ -56,6 +59,37 @@ def _told_by(rank: int, value: Any) -> Any:
     with _all_alive():
         broadcast_object_list(told, rank)
     return told[0]
+
+
+def take_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give tensors of every process the values of the first one: machines that compute differently still end alike."""
+    own = list(tensors)
+    for tensor, value in zip(own, gather([tensor.cpu() for tensor in own])[0], strict=True):
+        tensor.copy_(value)
+
+
+def refused_together(check: Callable[[], Result], here: bool = True) -> Result | None:
+    """Let some processes check something; what one of them refuses is refused by all, which would wait for it.
+
+    Args:
+        check: may raise BadInputError.
+        here: whether this process does it.
+
+    Returns:
+        What ``check`` returns; None in processes that do nothing.
+
+    Raises:
+        BadInputError: a process has raised it; that of the first one.
+    """
+    result, refusal = None, None
+    try:
+        result = check() if here else None
+    except BadInputError as error:
+        refusal = error
+    refusals = [found for found in gather(refusal and str(refusal)) if found]
+    if refusals:
+        raise refusal or BadInputError(refusals[0])
+    return result
 
 
 def by_shard(own: Iterator[tuple[int, Any]]) -> Iterator[Any]:

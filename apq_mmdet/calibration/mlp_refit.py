@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import hooked
-from apq_mmdet.calibration.distributed import gather
+from apq_mmdet.calibration.distributed import gather, take_from_first
 from apq_mmdet.calibration.minibatches import Minibatches
 from apq_mmdet.calibration.objectives import order_statistic
 from apq_mmdet.calibration.transforms import observe_anew, run_images
@@ -108,8 +108,8 @@ def _fit(name: str, mlp: Mlp, tokens: UnitCalls, largest: float, seed: int) -> N
             value.grad = grad
         optimizer.step()
         schedule.step()
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise CalibrationError(f"refit of MLP {name!r}: its inputs or outputs are NaN or infinite")
     for parameter, value in zip(parameters, values, strict=True):
-        found = gather(value.detach().cpu())[0]  # machines that compute differently still end alike
-        if not bool(found.isfinite().all()):
-            raise CalibrationError(f"refit of MLP {name!r}: its inputs or outputs are NaN or infinite")
-        parameter.copy_(found)
+        parameter.copy_(value)
+    take_from_first(parameters)

@@ -97,7 +97,12 @@ def order_statistic(values: Tensor, index: int) -> Tensor:
     """The ``index``-th smallest (from 0) of the values of any shape -> a scalar."""
     if values.device.type == "cpu":  # numpy's selection is eight times as fast as torch's on a CPU
         return torch.from_numpy(np.partition(values.numpy(), index, axis=None)[index : index + 1])[0]
-    return values.flatten().kthvalue(index + 1).values
+    return by_sorting(values, index)
+
+
+def by_sorting(values: Tensor, index: int) -> Tensor:
+    """``order_statistic`` on a GPU, where torch's own selection looks at one long row with few threads."""
+    return values.flatten().sort().values[index]
 
 
 @OBJECTIVES.register_module(name="hessian")

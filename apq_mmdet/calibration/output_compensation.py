@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import by_shard
+from apq_mmdet.calibration.distributed import by_shard, take_from_first
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import quantizers_of
@@ -53,6 +53,7 @@ def fit_output_compensation(block: nn.Module, module: nn.Module, calls: UnitCall
     solution = mixed @ torch.linalg.pinv(ridge, hermitian=True)  # [C, C + 1]
     compensation.weight.copy_(solution[:, :-1])
     compensation.bias.copy_(solution[:, -1])
+    take_from_first((compensation.weight, compensation.bias))
 
 
 def _sums(module: nn.Module, tile: UnitCall) -> Tensor:

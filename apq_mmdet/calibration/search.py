@@ -26,8 +26,7 @@ from apq_mmdet.calibration.weight_errors import in_closed_form, weight_errors
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
-MOST_RECORDED = 2**31  # bytes of the calls of a block's layers that are kept (mostly on disk), not made anew for each
-RECORDED_PER_CALL = 10  # about how much larger than the block's own calls they are
+RECORDED_PER_CALL = 10  # about how much larger than a block's own calls those of all its layers are
 SILENT = Silent()
 UNSEARCHED = Candidate(1.0)
 
@@ -203,11 +202,11 @@ class SlotErrors:
         return self._masses[layer]
 
     def recorded(self, layer: QuantizedLayer) -> UnitCalls:
-        """The layer's own calls; those of all layers are kept at once where they are small."""
+        """The layer's own calls; those of all layers are made and kept at once where there is room for them."""
         if layer not in self._layer_calls:
             self.drop()
-            small = self.calls.bytes * RECORDED_PER_CALL <= MOST_RECORDED
-            wanted = [found for _, found in quantized_layers(self.module)] if small else [layer]
+            fits = self.calls.bytes * RECORDED_PER_CALL <= self.calls.room
+            wanted = [found for _, found in quantized_layers(self.module)] if fits else [layer]
             self._layer_calls = {found: self.calls.of_layer(index) for index, found in enumerate(wanted)}
             runs = sum(self._runs.get(found, 0) for found in wanted)
             for call in self.calls:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import get_world_size
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -43,6 +44,11 @@ class TensorStore:
     def __exit__(self, *_: object) -> None:
         self._held.clear()
         self._folder.cleanup()
+
+    @property
+    def room(self) -> int:
+        """Bytes that it may still take: in memory, and this process' share of half of what the disk has left."""
+        return self._memory + shutil.disk_usage(self._folder.name).free // (2 * get_world_size())
 
     def put(self, key: Hashable, tree: Any) -> None:
         """Keep a tree; an earlier one of the same key is replaced."""

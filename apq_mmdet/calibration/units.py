@@ -237,6 +237,11 @@ class UnitCalls:
         return (self[index] for index in range(len(self)))
 
     @property
+    def room(self) -> int:
+        """Bytes that their store may still take."""
+        return self._store.room
+
+    @property
     def bytes(self) -> int:
         """Size of all targets."""
         return sum(self._sizes)

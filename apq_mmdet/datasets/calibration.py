@@ -53,9 +53,10 @@ class CalibrationImages(Sequence):
             dict(img_path=self.paths[index], img_id=self.ids[index], instances=[], flip=False, flip_direction=None)
         )
 
-    def check(self) -> None:
-        """Raise BadInputError with the path of the first image that is missing or cannot be decoded."""
-        for index, path in enumerate(self.paths):
+    def check(self, indices: Iterable[int] | None = None) -> None:
+        """Raise BadInputError with the path of the first of these images (None: all) that cannot be read."""
+        for index in range(len(self)) if indices is None else indices:
+            path = self.paths[index]
             if not os.path.isfile(path):
                 raise BadInputError(f"calibration image {path} does not exist{only_local(path)}")
             try:

@@ -1,15 +1,17 @@
 """PTQLoop: a TestLoop that calibrates the model, saves it, and then evaluates it."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, TestLoop
 
 import apq_mmdet
 from apq_mmdet.calibration.calibrator import MEMORY_BUDGET, calibrate, check_model
+from apq_mmdet.calibration.distributed import own_images, refused_together
 from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.datasets.calibration import (
     CalibrationImages,
@@ -82,16 +84,13 @@ class PTQLoop(TestLoop):
         self.task = detection_task(self.model, self.model.recipe.policy.scope)
         self.work_dir = Path(runner.work_dir)
         self.run_description = self._describe_run()
-        self.states = None
-        if is_main_process():
-            conditions = {**self.run_description, **self._describe_conditions()}
-            if not dry_run:
-                self.states = BlockStatesOnDisk(self.work_dir / STATES, conditions, resume)
-            else:
-                check_folder(self.work_dir / STATES, conditions, resume)
-        barrier()  # the folder is clean
+        self.states = refused_together(partial(self._use_folder, resume), is_main_process())  # and it is clean
         if not dry_run:  # the nodes need not share it
             (self.work_dir / STATES).mkdir(parents=True, exist_ok=True)
+
+    def _use_folder(self, resume: bool) -> BlockStatesOnDisk | None:
+        conditions = {**self.run_description, **self._describe_conditions()}
+        return (check_folder if self.dry_run else BlockStatesOnDisk)(self.work_dir / STATES, conditions, resume)
 
     def _build_evaluation(self, runner: Runner, dataloader: Any, evaluator: Any, fp16: bool) -> None:
         try:
@@ -107,7 +106,7 @@ class PTQLoop(TestLoop):
             images = calibration_from_config(runner.cfg, num, self.seed)
         else:
             images = calibration_from_folder(runner.cfg, folder, num, self.seed)
-        images.check()
+        refused_together(partial(images.check, own_images(len(images))))
         if self.evaluate or self.eval_float:
             dataset = self.dataloader.dataset
             evaluated = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]

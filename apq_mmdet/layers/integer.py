@@ -29,14 +29,27 @@ def exact_in_codes(depth: int, *bits: int) -> bool:
 @contextlib.contextmanager
 def integer_precision() -> Iterator[None]:
     """Context in which float32 tensors are multiplied as narrower ones; for integer codes only."""
-    before = [(backend, backend.fp32_precision) for backend, _ in _BACKENDS]
-    for backend, precision in _BACKENDS:
-        backend.fp32_precision = precision
-    _active.append(True)
+    with _set_to(_BACKENDS):
+        _active.append(True)
+        try:
+            yield
+        finally:
+            _active.pop()
+
+
+def float32_precision() -> contextlib.AbstractContextManager[None]:
+    """Context in which float32 tensors are multiplied as such, also in a GPU's convolutions, whose default is TF32."""
+    return _set_to([(backend, "ieee") for backend, _ in _BACKENDS])
+
+
+@contextlib.contextmanager
+def _set_to(precisions: list[tuple[Any, str]]) -> Iterator[None]:
+    before = [(backend, backend.fp32_precision) for backend, _ in precisions]
     try:
+        for backend, precision in precisions:
+            backend.fp32_precision = precision
         yield
     finally:
-        _active.pop()
         for backend, precision in before:
             backend.fp32_precision = precision
 

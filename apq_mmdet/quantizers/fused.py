@@ -36,6 +36,8 @@ class Fused:
             if self._compiled is None:
                 self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True, options=SAME_BITS)
             return self._compiled(x, *others)
+        except torch.cuda.OutOfMemoryError:  # of which the plain form takes more
+            raise
         except Exception as error:  # whatever the compiler or its backend raises, the plain form is right
             self._failed = True
             warnings.warn(f"not compiled, and slower for it: {type(error).__name__}: {error}", stacklevel=2)

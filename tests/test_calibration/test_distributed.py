@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from helpers import build_swin, in_processes, process_group, recipe, short_grids
 
 from apq_mmdet.calibration import calibrate, distributed, mlp_refit, units
-from apq_mmdet.calibration.distributed import by_shard, own_images
-from apq_mmdet.errors import CalibrationError
+from apq_mmdet.calibration.distributed import by_shard, own_images, refused_together, take_from_first
+from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import packed_state_dict, quantize_model
 
 SHARD = 3  # fewer than in use: as many shards with fewer images
@@ -105,6 +105,28 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path, free_port):
         child.join(120)
     assert (tmp_path / "told").exists()
     assert children[1].exitcode == 1
+
+
+def alike(rank: int, processes: int, port: int, folder: str) -> None:
+    """The first process has the say over results; what any of them refuses is refused by all."""
+
+    def refuse() -> None:
+        raise BadInputError(f"refused by {rank}")
+
+    with process_group(rank, processes, port):
+        tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
+        take_from_first(tensors)
+        assert [t.tolist() for t in tensors] == [[0.0, 0.0], 0]
+        assert refused_together(lambda: "done", here=rank == 0) == ("done" if rank == 0 else None)
+        for who in range(processes):
+            with pytest.raises(BadInputError, match=f"refused by {who}"):
+                refused_together(refuse, here=rank == who)
+        open(f"{folder}/{rank}", "w").close()
+
+
+def test_processes_end_alike_and_refuse_together(tmp_path, free_port):
+    in_processes(alike, 2, free_port, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_shards_of_one_process_come_in_their_order():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from apq_mmdet.calibration.objectives import CRITERIA, build_objective, order_statistic
+from apq_mmdet.calibration.objectives import CRITERIA, build_objective, by_sorting, order_statistic
 
 
 def plain(e, g, dropped, by):
@@ -44,6 +44,8 @@ def test_ties_with_the_threshold_stay():
 def test_order_statistic():
     values = torch.tensor([3.0, 1.0, 2.0])
     assert [float(order_statistic(values, i)) for i in range(3)] == [1, 2, 3]
+    rows = torch.randn(7, 5)
+    assert all(torch.equal(order_statistic(rows, i), by_sorting(rows, i)) for i in range(35))  # as on a GPU
 
 
 def test_cosine_of_each_unit():

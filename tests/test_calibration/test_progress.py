@@ -31,17 +31,35 @@ def test_a_person_sees_block_layer_candidates_and_memory(seen):
         assert "candidates" not in shown  # those of the search before
 
 
-def test_what_follows_the_search_is_named_and_not_counted(seen):
-    with SearchBar({"first": 1}, shown=True) as bar:
+def test_what_follows_the_search_is_named_and_counted(seen):
+    with SearchBar({"first": 1 + 4 + 60}, shown=True) as bar:
         bar.begin("first")
         bar.quantizer("layer.weight")
-        bar.stage("compensation")
+        bar.stage("compensation", 4)
         assert "first compensation" in (shown := seen())
-        assert "1/1" in shown
-        bar.stage("reconstruction")
-        bar.left(7, "iterations")
-        assert "7 iterations left" in (shown := seen())
-        assert "1/1" in shown
+        assert "1/65" in shown
+        bar.stage("reconstruction", 60)
+        assert "5/65" in seen()
+        bar.left(205, "iterations")
+        assert "205 iterations left" in (shown := seen())
+        assert "44/65" in shown
+        bar.finish()
+    assert "65/65" in seen()
+
+
+def test_blocks_of_an_earlier_run_say_nothing_of_the_speed(seen, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with SearchBar({"kept": 1000, "next": 4}, shown=True) as bar:
+        bar.begin("kept")
+        bar.skip()
+        bar.finish()
+        bar.begin("next")
+        bar.quantizer("a")
+        now[0] = 10.0
+        bar.quantizer("b")
+        assert "1001/1004" in (shown := seen())
+        assert "00:30" in shown  # three more, at ten seconds each
 
 
 def test_candidates_that_are_judged_fast_are_not_all_drawn(capsys, monkeypatch):

@@ -8,6 +8,7 @@ from torch import nn
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.calibration.replay import layer_calls, layer_runs
 from apq_mmdet.calibration.search import SlotErrors
+from apq_mmdet.calibration.store import TensorStore
 from apq_mmdet.calibration.units import to_units, unit_module
 from apq_mmdet.layers import float_only, quantize_model, quantized_layers
 
@@ -87,7 +88,7 @@ def test_layers_that_run_twice_are_seen_twice(order, monkeypatch):
     assert layer_runs(block, calls) == {"first": 2, "last": 1}
     search = recipe("apq", search=dict(metric="module", objective=dict(type="mse"))).search
     for most in (2**28, 0):
-        monkeypatch.setattr("apq_mmdet.calibration.search.MOST_RECORDED", most)
+        monkeypatch.setattr(TensorStore, "room", most)
         errors = SlotErrors(block, calls, search, layer_runs(block, calls))
         found = [len(errors.recorded(layer)) for layer in (block.first, block.last)]
         assert found == [3, 2]

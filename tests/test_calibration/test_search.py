@@ -335,7 +335,7 @@ def test_processes_ask_each_other_alike_whatever_they_have_recorded(monkeypatch)
         torch.manual_seed(0)
         block, calls = prepared(0, settings)
         exchanges = []
-        monkeypatch.setattr("apq_mmdet.calibration.search.MOST_RECORDED", most)
+        monkeypatch.setattr(TensorStore, "room", most)
         for module in ("replay", "scoring", "units"):
 
             def note(value, module=module, exchanges=exchanges):

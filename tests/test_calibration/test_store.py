@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -25,6 +27,15 @@ def test_beyond_its_memory_it_goes_to_disk_and_comes_back(tmp_path):
         store.put("new", tree(9.0))  # takes the memory that was given back
         assert len(list(tmp_path.glob("apq_capture_*/*"))) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_room_is_what_memory_and_half_of_the_disk_have_left(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000))
+    monkeypatch.setattr("apq_mmdet.calibration.store.get_world_size", lambda: 2)
+    with TensorStore(memory=1000) as store:
+        assert store.room == 1500  # the other process has a share, too
+        store.put("t", torch.zeros(100))
+        assert store.room == 1100
 
 
 def test_what_is_kept_is_a_copy():

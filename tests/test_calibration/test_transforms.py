@@ -59,8 +59,12 @@ def test_query_key_and_value_rows_by_hand():
 
 def test_layers_without_bias():
     qkv, proj = nn.Linear(1, 6, bias=False), nn.Linear(2, 1)
-    QueryKeyRescaling("qk", qkv, None).divide(torch.ones(2))
-    ValueRescaling("v", qkv, proj, None).divide(torch.ones(2))
+    with torch.no_grad():
+        qkv.weight.fill_(1.0), proj.weight.fill_(1.0)
+    QueryKeyRescaling("qk", qkv, None).divide(torch.tensor([2.0, 4.0]))
+    ValueRescaling("v", qkv, proj, None).divide(torch.tensor([2.0, 4.0]))
+    assert qkv.weight.flatten().tolist() == [0.5, 0.25, 2.0, 4.0, 0.5, 0.25]
+    assert proj.weight.flatten().tolist() == [2.0, 4.0]
 
 
 def test_spans_by_hand():

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from helpers import recipe
 from torch import nn
 
+from apq_mmdet.calibration import calibrate
 from apq_mmdet.layers import integer
 from apq_mmdet.layers.base import quantized_layers
 from apq_mmdet.layers.convert import quantize_model
-from apq_mmdet.layers.integer import exact_in_codes, integer_precision, linear_of_codes, rescale
+from apq_mmdet.layers.integer import exact_in_codes, float32_precision, integer_precision, linear_of_codes, rescale
 from apq_mmdet.layers.matmul import FloatAttentionValueProduct, FloatQueryKeyProduct
 from apq_mmdet.policy import Policy
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
@@ -230,11 +232,32 @@ def test_deconvolutions_multiply_values():
     assert [layer.depth for _, layer in quantized_layers(model)] == [None]
 
 
-def test_precision_is_put_back():
-    before = [backend.fp32_precision for backend in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)]
+def precisions():
+    backends = torch.backends
+    kinds = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul, backends.cudnn.conv)
+    return [kind.fp32_precision for kind in kinds]
+
+
+def test_precision_is_narrow_for_codes_full_around_them_and_put_back():
+    before = precisions()
+    with float32_precision():
+        assert precisions() == ["ieee"] * 4
+        with integer_precision():
+            assert precisions() == ["bf16", "bf16", "tf32", "tf32"]
+        assert precisions() == ["ieee"] * 4
+    assert precisions() == before
     with pytest.raises(KeyError), integer_precision():
         raise KeyError
-    assert [b.fp32_precision for b in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)] == before
+    assert precisions() == before
+
+
+def test_a_calibration_is_one_of_float32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: seen.append(precisions()) or x)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    quantize_model(model, recipe("minmax").policy)
+    calibrate(model, [torch.randn(3, 4)], recipe("minmax"))
+    assert seen == [["ieee"] * 4]
 
 
 def test_rescale():

@@ -6,14 +6,17 @@ import pytest
 import torch
 from helpers import ROOT, recipe, short_grids
 from mmdet.registry import MODELS
+from mmdet.structures.bbox import get_box_tensor
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from apq_mmdet.calibration import calibrate
+from apq_mmdet.calibration.blocks import tensors_of
 from apq_mmdet.errors import UncalibratedError
 from apq_mmdet.layers import float_only, packed_state_dict, quantized_layers
 from apq_mmdet.models import QuantizedDetector, QuantizedSwinTransformer, detection_task
-from apq_mmdet.models.distillation import NeckTask, TwoStageTask
+from apq_mmdet.models.distillation import MAX_PROPOSALS, DenseTask, NeckTask, TwoStageTask
+from apq_mmdet.models.losses import prepare
 
 register_all_modules()
 CONFIGS = ROOT / "configs"
@@ -106,6 +109,34 @@ def test_calibration_reaches_every_layer_of_the_whole_detector(name):
 
 
 @pytest.mark.parametrize("name", ["mask-rcnn", "cascade-mask-rcnn"])
+@torch.no_grad()
+def test_heads_are_judged_on_the_float_detectors_own_rois(name):
+    model = build(Config.fromfile(CONFIGS / "demo" / f"{name}_swin-demo.py"))
+    task, data = detection_task(model), sample()
+    assert type(task) is TwoStageTask
+    teacher, fixed = task.teacher(model, data)
+    student = task.student(model, data, fixed)
+    assert [len(student[1]), len(student[2])] == [len(fixed.bbox), len(fixed.bbox)]
+    for got, want in zip(tensors_of(student), tensors_of(teacher), strict=True):
+        assert torch.equal(got, want)
+    assert float(task.loss(student, teacher, fixed)) == pytest.approx(0, abs=1e-6)
+    inputs, samples = prepare(model, data)
+    features = model.extract_feat(inputs)
+    rpn = model.rpn_head(features)
+    metas = [s.metainfo for s in samples]
+    best = model.rpn_head.predict_by_feat(*rpn, batch_img_metas=metas, cfg=model.test_cfg.rpn)[0]
+    assert bool((best.scores[:-1] >= best.scores[1:]).all())
+    assert torch.equal(fixed.bbox[0][:, 1:], get_box_tensor(best.bboxes)[:MAX_PROPOSALS])
+    for stage, rois in enumerate(fixed.bbox):
+        args = (features, rois) if name == "mask-rcnn" else (stage, features, rois)
+        found = model.roi_head._bbox_forward(*args)
+        assert torch.equal(student[1][stage][0], found["cls_score"])
+        assert torch.equal(student[1][stage][1], found["bbox_pred"])
+    if name == "cascade-mask-rcnn":
+        assert not torch.equal(fixed.bbox[1], fixed.bbox[0])
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn", "cascade-mask-rcnn"])
 def test_empty_rois(name):
     model = build(demo(name, scope="detector"))
     calibrate(model, [sample()], recipe("minmax", scope="detector"), detection_task(model))
@@ -154,6 +185,15 @@ def test_retinanet_swin(tmp_path):
     settings = recipe("apq_fast", scope="detector", search=dict(grids=short_grids(2), shortlist=1))
     report = calibrate(model, [sample()], settings, detection_task(model))
     assert report.blocks[-1].block == "bbox_head"
+    assert type(detection_task(model)) is DenseTask
+    data = sample()
+    with torch.no_grad(), float_only(model):
+        teacher, context = detection_task(model).teacher(model, data)
+        student = detection_task(model).student(model, data, context)
+        want = model.bbox_head(model.extract_feat(prepare(model, data)[0]))
+    for got, given, exact in zip(*map(tensors_of, (student, teacher, want)), strict=True):
+        assert torch.equal(got, exact)
+        assert torch.equal(given, exact)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """One kernel gives the bits of the plain formula, and a compiler that fails is no failure."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -32,12 +34,30 @@ def test_other_devices_run_the_function_as_written():
     assert len(calls) == 1
 
 
-def test_a_compiler_that_fails_is_warned_of_once(monkeypatch):
+@pytest.mark.parametrize("when", ["at once", "at the first call"])
+def test_a_compiler_that_fails_is_warned_of_once(when, monkeypatch):
+    tried = []
+
     def broken(*_, **__):
+        tried.append(when)
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken if when == "at once" else lambda *_, **__: broken)
     fused = Fused(lambda x: x * 2, devices=("cpu",))
     with pytest.warns(UserWarning, match="no compiler here"):
         assert torch.equal(fused(torch.ones(2)), torch.full((2,), 2.0))
-    assert torch.equal(fused(torch.ones(2)), torch.full((2,), 2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fused(torch.ones(2)), torch.full((2,), 2.0))
+    assert len(tried) == 1
+
+
+def test_memory_that_is_not_enough_is_no_failure_of_the_compiler(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
+    fused = Fused(lambda x: x * 2, devices=("cpu",))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fused(torch.ones(2))
+    assert not fused._failed

@@ -9,6 +9,8 @@ import tempfile
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reproduction_trial import NAME, examined_coco
@@ -16,6 +18,7 @@ from reproduction_trial import NAME, examined_coco
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.reproduction import command, reproduce, run
 from apq_mmdet.reproduction.costs import Cost
+from apq_mmdet.reproduction.space import shortage
 
 STAND_IN = """
 import json, os, pathlib, signal, sys
@@ -84,6 +87,15 @@ def here():
 def states(settings):
     rows = json.loads((settings.work_dir / "table.json").read_text())["rows"]
     return [row["state"] for row in rows]
+
+
+def with_results(monkeypatch, size):
+    cost = replace(COST, results_bytes=size)
+
+    def estimate(selection, *_):
+        return {item.name: cost for item in (*selection.detectors, *selection.rows)}
+
+    monkeypatch.setattr(reproduce, "estimate", estimate)
 
 
 def starts(settings):
@@ -180,9 +192,24 @@ def test_a_disk_that_is_too_small(main, settings, monkeypatch, capsys):
 def test_a_work_dir_that_is_the_temporary_folder_needs_room_for_both(main, settings, monkeypatch, capsys):
     settings.work_dir.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(settings.work_dir))
-    free(monkeypatch, 8.9)
+    with_results(monkeypatch, GIB)
+    free(monkeypatch, 9.9)
     assert main() == 2
-    assert "what is to be made needs up to 9.00 GiB" in capsys.readouterr().err
+    assert "what is to be made needs up to 10.00 GiB" in capsys.readouterr().err
+    free(monkeypatch, 10.1)
+    assert main() == 0
+
+
+def test_results_of_one_evaluation_lie_in_the_temporary_folder(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(temporary))
+    monkeypatch.setattr(Path, "stat", lambda path, **_: SimpleNamespace(st_dev=int(path == temporary)))
+    costs = [replace(COST, results_bytes=size) for size in (GIB, 2 * GIB, 0)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 9 * GIB if path == tmp_path else 1.9 * GIB))
+    assert f"{temporary} has 1.90 GiB free, what is to be made needs up to 2.00 GiB" in shortage(costs, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 9 * GIB if path == tmp_path else 2 * GIB))
+    assert shortage(costs, tmp_path) is None
 
 
 def test_a_disk_that_fills_up_between_rows(main, settings, monkeypatch, capsys):
