@@ -15,7 +15,7 @@ from small_classifiers import MODELS, train, write_class_folders
 
 from apq_mmdet.datasets import write_demo_set
 
-TRAIN, VAL = 8, 4
+TRAIN, VAL = 9, 4
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from quick_command import QUICK, quantize
 
+from apq_mmdet.calibration.distributed import SHARD, own_images
 from apq_mmdet.engine import command
 from apq_mmdet.engine.quantized_config import COCO_ITEMS, load_recipe, quantized_config
 
@@ -241,32 +243,47 @@ def process_of_rank(rank, launcher):
     raise LookupError(f"no process of rank {rank}")
 
 
-def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes_and_ap(result, config, tmp_path):
+def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes_and_ap(config, tmp_path):
+    images = ["--num-calib", str(SHARD + 1)]
+    assert own_images(SHARD + 1, rank=1, processes=2) == [SHARD]  # the second process has an image, too
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert quantize(config, alone, *images) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    args = [ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", tmp_path, *QUICK]
+    args = [ROOT / "tools/quantize_det.py", config, CHECKPOINT, "--work-dir", together, *QUICK, *images]
     args += ["--launcher", "pytorch", "--memory-budget", "0.001"]  # so small that captures go to disk
     run = subprocess.Popen([*launch, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for_blocks(run, tmp_path)
+        wait_for_blocks(run, together)
         os.kill(process_of_rank(1, run.pid), signal.SIGKILL)
         assert run.wait(120) != 0
     finally:
         run.terminate()  # which ends its processes
-    assert not (tmp_path / "quantized.pth").exists()
+    assert not (together / "quantized.pth").exists()
     subprocess.run([*launch, *args, "--resume"], check=True, capture_output=True)
-    assert (tmp_path / "quantized.pth").read_bytes() == (result / "quantized.pth").read_bytes()
-    alone, together = (json.loads((d / "report.json").read_text())["metrics"] for d in (result, tmp_path))
-    assert together["quantized"] == alone["quantized"]
+    assert (together / "quantized.pth").read_bytes() == (alone / "quantized.pth").read_bytes()
+    metrics = [json.loads((folder / "report.json").read_text())["metrics"] for folder in (alone, together)]
+    assert metrics[0]["quantized"] == metrics[1]["quantized"]
 
 
-def test_processes_of_another_launcher(monkeypatch):
+@pytest.mark.parametrize("launcher", ["mpi", "slurm"])
+def test_processes_of_another_launcher(launcher, monkeypatch):
     """Each knows its rank as mpirun tells it, and joins the others on a CPU as torch wants to be told."""
     joined = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
-    told = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    cfg = Config(dict(launcher="mpi"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **how: joined.append((backend, how)))
+    told = dict(zip(command.LAUNCHER_VARIABLES[launcher], ("1", "2", "1"), strict=True))
+    cfg = Config(dict(launcher=launcher))
     with patch.dict(os.environ, told), patch.object(command, "get_device", lambda: "cpu"):
         command.prepare_launcher(cfg)
         ranks = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    assert (ranks, joined) == (["1", "2", "1"], ["gloo"])
+    assert ranks == ["1", "2", "1"]
+    # evaluations may take longer than the half an hour that torch waits
+    assert joined == [("gloo", dict(timeout=timedelta(hours=2)))]
     assert cfg.model_wrapper_cfg.device_ids is None
+
+
+def test_on_gpus_mmengine_joins_the_processes_with_nccl():
+    cfg = Config(dict(launcher="pytorch", env_cfg=dict(cudnn_benchmark=True)))
+    told = dict(zip(command.LAUNCHER_VARIABLES["pytorch"], ("1", "2", "1"), strict=True))
+    with patch.dict(os.environ, told), patch.object(command, "get_device", lambda: "cuda"):
+        command.prepare_launcher(cfg)
+    assert cfg.env_cfg == dict(cudnn_benchmark=True, dist_cfg=dict(backend="nccl", timeout=2 * 3600))

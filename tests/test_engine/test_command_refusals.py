@@ -72,7 +72,7 @@ def test_a_pickle_with_code_is_refused(config, tmp_path, capsys):
         (["--recipe", "aqp"], "did you mean 'apq'"),
         (["--recipe", "none.py"], "recipe file none.py does not exist"),
         (["--num-calib", "0"], "num_calib must be at least 1"),
-        (["--num-calib", "99"], "99 calibration images asked for, the training set holds 8"),
+        (["--num-calib", "99"], "99 calibration images asked for, the training set holds 9"),
         (["--calib-dir", "nowhere"], "calibration folder nowhere does not exist"),
         (["--device", "tpu"], "--device must be"),
         (["--device", "cuda:99"], r"--device cuda:99: torch sees \d+ CUDA devices"),
