@@ -3,8 +3,10 @@
 import json
 import sys
 from argparse import Namespace
+from collections import Counter
 
 import pytest
+import search_means
 import search_speed
 import time_shares
 import torch
@@ -51,6 +53,33 @@ def test_a_search_that_chooses_otherwise_is_told(captured, monkeypatch):
     monkeypatch.setattr(search_speed, "ours", broken)
     told = search_speed.compare(block, calls, "module", Namespace(candidates=2, short=2, plain_samples=1))
     assert list(told["choices_that_differ_on_the_short_grid"]) == ["ffn.layers.1.input"]
+
+
+def test_the_search_without_one_of_its_means_chooses_alike(captured, monkeypatch):
+    block, calls = captured[NAME]
+    evaluated, error_of = Counter(), search_means.search.candidate_errors
+    monkeypatch.setattr(
+        search_means.search,
+        "candidate_errors",
+        lambda *args: evaluated.update({"all": len(args[4])}) or error_of(*args),
+    )
+    found = search_means.compare(block, calls, "block", 12)
+    assert found["choices_that_differ_without"] == []
+    assert list(found["times_slower_without"]) == list(search_means.MEANS)
+    counts = {}
+    for name, without in search_means.MEANS.items():
+        evaluated.clear()
+        with without():
+            search_speed.ours(block, calls, search_speed.config("block", 12))
+        counts[name] = evaluated["all"]
+    evaluated.clear()
+    search_speed.ours(block, calls, search_speed.config("block", 12))
+    assert counts["fixpoint"] >= evaluated["all"] > 0
+    assert counts["prefix"] == counts["tiles"] == counts["integer products"] == evaluated["all"]
+    slot = search_means.Slot("layer", block, "weight")
+    with search_means.MEANS["fixpoint"]():
+        slot.searched_at = 7
+        assert slot.searched_at == -1
 
 
 def test_shares_of_time_are_written(captured, monkeypatch, tmp_path):
