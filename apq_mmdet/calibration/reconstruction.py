@@ -49,7 +49,7 @@ def _absolute(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fisher(error: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    return (*_absolute(error, grad), (error * grad).sum(1).square().sum())
+    return (*_absolute(error, grad), (error * grad).abs().sum(1).square().sum())
 
 
 # name -> sums of the loss' terms over units, from errors e and gradients g, [U, E] each. The terms count alike.
@@ -58,7 +58,8 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "none": _squared,  # AdaRound, QDrop
     "hessian": _hessian,  # BRECQ, eq. 10: the diagonal of the empirical Fisher matrix
     "absolute": _absolute,  # APHQ-ViT, where g is the change of the gradient under a perturbation
-    "fisher": _fisher,  # FIMA-Q: diagonal plus low rank; here of rank one for each unit, (g . e)^2 = e' (g g') e
+    # FIMA-Q: diagonal plus low rank, here of rank one for each unit, (abs(g) . abs(e))^2; absolute as in its code
+    "fisher": _fisher,
 }
 
 

@@ -76,7 +76,7 @@ def objective(module, calls, weighting):
             "none": error**2,
             "hessian": grads**2 * error**2,
             "absolute": grads.abs() * error**2,
-            "low rank": (grads * error).sum(1) ** 2,  # the second term of "fisher"
+            "low rank": (grads * error).abs().sum(1) ** 2,  # the second term of "fisher"
         }
         total += float(costs[weighting].sum())
     return total / units
@@ -211,7 +211,7 @@ def test_terms_of_the_losses_by_hand():
         "none": [1 + 4 + 9 + 0.25],
         "hessian": [1 + 36 + 36 + 4],
         "absolute": [1 + 12 + 18 + 1],
-        "fisher": [1 + 12 + 18 + 1, (-1 - 6) ** 2 + (6 + 2) ** 2],
+        "fisher": [1 + 12 + 18 + 1, (1 + 6) ** 2 + (6 + 2) ** 2],
     }
 
 
