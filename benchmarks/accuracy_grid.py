@@ -1,5 +1,6 @@
 """The runs of the accuracy benchmark: which there are, in which order, which are done, and how long the rest takes."""
 
+import hashlib
 import json
 import re
 import statistics
@@ -20,6 +21,7 @@ MORE_BITS = ("W8A8", "W6A6", "W2A4")  # of the main recipes only
 MAIN_RECIPES = ("minmax", "repq", "apq", "apq_plus")  # a name stands for its fast form where there is one
 BEST_RECIPES = ("apq_plus", "isvit", "qdrop", "qwt", "erq")  # by their AP at the first bits with one seed
 SEEDS_OF_THE_BEST = (0, 1, 2)
+LONGEST_NAME = 200  # of a run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,10 @@ class Spec:
         parts = [
             re.sub(r"[^\w.=-]+", "-", str(value)).strip("-") for value in values.values() if value not in ("", None)
         ]
-        return "_".join(parts)
+        name = "_".join(parts)
+        if len(name) <= LONGEST_NAME:
+            return name
+        return f"{name[: LONGEST_NAME - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def label(options: dict[str, Any]) -> str:

@@ -238,6 +238,9 @@ def test_options_of_ablations_change_keys_that_the_recipe_has(wanted, tmp_path):
 def test_names_of_runs_differ():
     specs = [*make_grid(known_recipes(), best=["minmax"]), *ablation_specs(), spec(num_val=32)]
     assert len({s.name for s in specs}) == len([s for i, s in enumerate(specs) if s not in specs[:i]])
+    many = [spec(options={f"model.quant.formats.{i}": "x" * 40 for i in range(20)} | {"last": n}) for n in (1, 2)]
+    assert many[0].name != many[1].name
+    assert {len(s.name) for s in many} == {200}
 
 
 # -- report ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-# Plain min-max ranges in the number formats of `apq`.
+# Plain min-max ranges in the number formats of `apq`. No paper of its own; what other recipes start from. As in the
+# published code of this field: weights and activations asymmetric, the extremes of all calibration images.
 quant = dict(
     recipe="minmax",
     w_bits=8,
