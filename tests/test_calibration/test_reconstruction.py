@@ -1,4 +1,5 @@
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -153,8 +154,7 @@ def state_after(config, seed, make=swin_block):
 
 
 def test_the_seed_decides():
-    short = replace(QUICK, iterations=40)
-    first, again, other = (state_after(short, seed)[1] for seed in (1, 1, 2))
+    first, again, other = (state_after(SHORT, seed)[1] for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -179,8 +179,8 @@ def test_other_formats_keep_their_parameters():
             continue
         before = {name: value.clone() for name, value in block.state_dict().items()}
         assert reconstruct(block, calls, QUICK, seed=0)["kept"]  # the steps of the input are learned
-        after = block.state_dict()
-        assert [name for name in before if not torch.equal(before[name], after[name])] == ["0.quantizers.input.scale"]
+        changed = [name for name, value in block.state_dict().items() if not torch.equal(before[name], value)]
+        assert changed == ["0.quantizers.input.scale"]
     with pytest.raises(CalibrationError, match="nothing to learn"):
         reconstruct(block, calls, QUICK, seed=0)
 
@@ -213,6 +213,18 @@ def test_terms_of_the_losses_by_hand():
         "absolute": [1 + 12 + 18 + 1],
         "fisher": [1 + 12 + 18 + 1, (1 + 6) ** 2 + (6 + 2) ** 2],
     }
+
+
+def test_learning_rates_fall_as_their_parts_say(monkeypatch):
+    seen, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: seen.append([g["lr"] for g in self.param_groups]) or step(self)
+    )
+    falling = [0.5 * (1 + math.cos(math.pi * done)) for done in (0, 0.25, 0.5, 0.75)]
+    for rounding in ROUNDINGS:
+        reconstruct(*linear(), replace(QUICK, iterations=4, rounding=rounding), seed=0)
+        wanted = [[0.02 * (1 if rounding == "adaround" else share), 0.003 * share] for share in falling]
+        assert seen[-4:] == [pytest.approx(rates) for rates in wanted]
 
 
 def test_both_terms_of_fisher_fall_and_count_alike():

@@ -4,8 +4,13 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from helpers import ROOT
+
+from apq_mmdet.datasets.demo import demo_image
+from apq_mmdet.datasets.preview import PALETTE, draw_instances
+from apq_mmdet.datasets.scene import LONG_SIDE
 
 
 @pytest.fixture
@@ -34,7 +39,19 @@ def test_a_model_that_detects_nothing_has_a_line_in_the_demos_table() -> None:
 
 def test_preview(call, tmp_path: Path) -> None:
     assert call("make_demo_data", "--preview", tmp_path / "new" / "sheet.png", "--seed", 1) == 0
-    assert cv2.imread(str(tmp_path / "new" / "sheet.png")) is not None
+    sheet = cv2.imread(str(tmp_path / "new" / "sheet.png"))
+    assert sheet.shape[1] == 5 * LONG_SIDE
+    for index in range(5):
+        image, instances = demo_image(1, "val", index)
+        panel = sheet[: image.shape[0], index * LONG_SIDE :][:, : image.shape[1]]
+        assert np.array_equal(panel, draw_instances(image, instances))
+        for instance in instances:
+            x, y, width, height = cv2.boundingRect(instance.mask.astype(np.uint8))
+            corner = panel[y + height - 1, x + width - 1]
+            assert tuple(corner) in PALETTE  # that of its box, or of one that was drawn over it
+        unlike = (panel != image).any(2)
+        assert unlike.any()
+        assert not unlike.all()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import CHECKPOINT, ROOT
+from mmdet.apis import inference_detector, init_detector
 from mmengine.logging import HistoryBuffer
+
+from apq_mmdet.datasets.demo import demo_image
 
 CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_swin-demo.py"
 QUANTIZED = CONFIG.with_name("mask-rcnn_swin-demo_apq-w8a8.py")
@@ -38,6 +41,25 @@ def test_models_side_by_side_also_of_checkpoints_that_training_wrote(draw, tmp_p
     picture = cv2.imread(str(out))
     assert picture.shape == (28 + 2 * 90, 2 * 2 * 120 + 6, 3)  # titles above, a gap between
     assert all(part.std() > 0 for part in (picture[28:, :240], picture[28:, 246:]))
+
+
+def test_detections_are_drawn_where_they_are(draw, tmp_path):
+    path, out, model = tmp_path / "image.png", tmp_path / "picture.png", f"a={CONFIG},{CHECKPOINT}"
+    image, _ = demo_image(0, "val", 0)
+    cv2.imwrite(str(path), image)
+    plain = cv2.resize(image, (2 * image.shape[1], 2 * image.shape[0]), interpolation=cv2.INTER_CUBIC)
+    assert draw(out, model, "--score-thr", 1.1) == 0
+    assert np.array_equal(cv2.imread(str(out))[28:], plain)
+    assert draw(out, model) == 0
+    changed = (cv2.imread(str(out))[28:] != plain).any(2)
+    found = inference_detector(init_detector(str(CONFIG), str(CHECKPOINT), device="cpu"), str(path)).pred_instances
+    boxes = (2 * found.bboxes[found.scores >= 0.5]).round().int().clamp(min=1).tolist()
+    assert boxes
+    for left, top, right, bottom in boxes:
+        rows, columns = slice(top + 2, bottom - 2), slice(left + 2, right - 2)
+        sides = [changed[rows, max(0, x - 2) : x + 3].any(1) for x in (left, right)]
+        sides += [changed[max(0, y - 2) : y + 3, columns].any(0) for y in (top, bottom)]
+        assert min(side.mean() for side in sides) > 0.9
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,9 @@ def test_numbers_that_an_evaluation_asks_for_stay_its_own():
     metric = dict(type="CocoMetric", metric=["bbox"], metric_items=["mAP"])
     made = quantized_config(Config(dict(model=dict(type="MaskRCNN"), test_evaluator=metric)), "minmax", {})
     assert made.test_evaluator.metric_items == ["mAP"]
+    metric = dict(type="CocoMetric", metric=["bbox"], proposal_nums=(1, 10))
+    made = quantized_config(Config(dict(model=dict(type="MaskRCNN"), test_evaluator=metric)), "minmax", {})
+    assert "metric_items" not in made.test_evaluator  # mmdet could not tell which is which
 
 
 def test_layers_without_data_are_written_down_beside_those_of_before():

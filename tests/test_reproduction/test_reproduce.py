@@ -264,6 +264,7 @@ def test_results_of_other_conditions_are_refused(main, selection, settings, monk
         (["--rows", "*w3a3"], "matches no model"),
         (["--nproc-per-node", "2"], "--nproc-per-node needs --launcher pytorch"),
         (["--launcher", "pytorch", "--nproc-per-node", "0"], "must be at least 1, got 0"),
+        (["--seeds", "0", "-1"], "--seeds must be from 0"),
         (["--memory-budget", "0"], "--memory-budget must be a number of GiB above 0"),
         (["--data-root", "nowhere"], "has no annotations/instances_train2017.json"),
         (["--checkpoints", "nowhere"], "checkpoints are missing; --download fetches them"),
