@@ -11,6 +11,7 @@ import apq_mmdet
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.calibration.reports import CalibrationReport
 from apq_mmdet.layers.convert import LayerRow
+from apq_mmdet.versions import imported_versions
 
 STATES = "calibration"  # folder in the work dir for finished blocks and captured activations
 
@@ -24,12 +25,12 @@ def sha256_of(paths: Iterable[str | Path]) -> str:
 
 
 def calibration_conditions(images: Iterable[str | Path], device: str) -> dict[str, Any]:
-    """What else the bits of a calibration depend on: image files, device, threads, torch."""
+    """What else the bits of a calibration depend on: image files, device, threads, versions of torch and mmdet."""
     return {
         "calibration_images_sha256": sha256_of(images),
         "device": device,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **imported_versions(),
     }
 
 
@@ -60,7 +61,7 @@ def run_report(
         "bits": {"weight": recipe.policy.w_bits, "activation": recipe.policy.a_bits},
         "scope": scope,
         **asked,
-        "versions": {"apq_mmdet": apq_mmdet.__version__, **apq_mmdet.versions.imported_versions()},
+        "versions": {"apq_mmdet": apq_mmdet.__version__, **imported_versions()},
         "device": device,
         "threads": torch.get_num_threads(),
         "metrics": metrics,

@@ -5,6 +5,7 @@ import itertools
 import json
 from pathlib import Path
 
+import mmcv
 import pytest
 import torch
 
@@ -97,7 +98,7 @@ def test_a_run_that_is_killed_while_it_deletes_can_start_again(tmp_path, monkeyp
 
 
 def test_what_a_calibration_depends_on(tmp_path, monkeypatch):
-    """Another byte of any image, another device, number of threads or version of torch are other conditions."""
+    """Another byte of any image, another device, number of threads or version of torch or mmcv are other conditions."""
     images = [tmp_path / "first.png", tmp_path / "last.png"]
     for image in images:
         image.write_bytes(b"pixels")
@@ -111,8 +112,10 @@ def test_what_a_calibration_depends_on(tmp_path, monkeypatch):
     seen.append(calibration_conditions(images, "cuda"))
     monkeypatch.setattr(torch, "__version__", "0.0")
     seen.append(calibration_conditions(images, "cuda"))
+    monkeypatch.setattr(mmcv, "__version__", "0.0")
+    seen.append(calibration_conditions(images, "cuda"))
     changed = [{key for key in a if a[key] != b.get(key)} for a, b in itertools.pairwise(seen)]
-    assert changed == [*2 * [{"calibration_images_sha256"}], {"device"}, {"threads"}, {"torch"}]
+    assert changed == [*2 * [{"calibration_images_sha256"}], {"device"}, {"threads"}, {"torch"}, {"mmcv"}]
 
 
 def test_a_block_that_cannot_be_saved_leaves_what_was_kept(tmp_path, monkeypatch):
