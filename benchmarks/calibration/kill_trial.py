@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     add("--recipe", default="apq_plus")
     add("--bits", type=int, default=3, help="of weights and activations (default: 3, at which apq_plus learns codes)")
     add("--seed", type=int, default=0, help="of the points in time")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--work-dir", type=Path, default=Path("work_dirs/kill_trial"))
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kill_trial.json")
     return parser.parse_args()
@@ -46,7 +47,7 @@ def command(work_dir: Path, args: argparse.Namespace, *options: str) -> list[str
     ]
     bits = str(args.bits)
     job += ["--recipe", args.recipe, "--w-bits", bits, "--a-bits", bits, "--num-calib", str(args.num_calib)]
-    job += ["--no-eval", "--device", "cpu", "--work-dir", str(work_dir), *options]
+    job += ["--no-eval", "--device", args.device, "--work-dir", str(work_dir), *options]
     return [*start, *job, *(["--launcher", "pytorch"] if args.processes > 1 else [])]
 
 

@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     add("--memory-budget", type=float, default=4.0, metavar="GIB")
     add("--cfg-options", nargs="+", default=[])
     add("--processes", type=int, default=1)
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--work-dir", type=Path, default=Path("work_dirs/memory"))
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
     return parser.parse_args()
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, images: Path, recipe: str, number: int) -> dic
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
     line = [*start, str(ROOT / "tools" / "quantize_det.py"), args.config, args.checkpoint, "--no-eval"]
     line += ["--work-dir", str(folder), "--recipe", recipe, "--num-calib", str(number), "--calib-dir", str(images)]
-    line += ["--w-bits", "4", "--a-bits", "4", "--device", "cpu", "--memory-budget", str(args.memory_budget)]
+    line += ["--w-bits", "4", "--a-bits", "4", "--device", args.device, "--memory-budget", str(args.memory_budget)]
     # what changes a search would give the model's own run one
     options = [o for o in args.cfg_options if recipe == args.recipe or not o.startswith("model.quant.")]
     line += ["--cfg-options", *options] if options else []

@@ -48,6 +48,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--candidates", type=int, default=100, help="of the grid whose time is compared")
     add("--blocks", nargs="+", default=list(BLOCKS))
     add("--metrics", nargs="+", default=["module", "block"])
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--out", type=Path, default=Path("benchmarks/results/search_speed.json"))
     return parser
 
@@ -64,7 +65,7 @@ def capture(args: argparse.Namespace) -> dict[str, tuple[nn.Module, list[BlockCa
     """Each block with its observed ranges, and its calls."""
     options = [args.config, args.checkpoint, "--work-dir", "work_dirs/search_speed", "--recipe", "apq", "--no-eval"]
     options += ["--w-bits", str(args.bits), "--a-bits", str(args.bits), "--num-calib", str(args.images)]
-    parsed = command.build_parser().parse_args([*options, "--device", "cpu"])
+    parsed = command.build_parser().parse_args([*options, "--device", args.device])
     cfg = command.build_config(parsed)
     loop = Runner.from_cfg(cfg).build_test_loop(cfg.test_cfg)
     loop.model.eval()

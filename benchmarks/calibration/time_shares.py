@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--candidates", type=int, default=8)
     add("--blocks", nargs="+", default=list(BLOCKS))
     add("--out", type=Path, default=Path("benchmarks/results/time_shares.json"))
+    parser.set_defaults(device="cpu")  # whose rates are measured
     return parser.parse_args()
 
 
