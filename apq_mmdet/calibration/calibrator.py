@@ -32,10 +32,10 @@ from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import equalize, rescalings_of
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError, listed
-from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.base import quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.layers.integer import float32_precision
-from apq_mmdet.layers.mlp_refit import mlps_of, original_activations, replaced_activation
+from apq_mmdet.layers.mlp_refit import mlps_of, original_function, replaced_activation
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MEMORY_BUDGET = 4 * 2**30  # bytes
@@ -186,7 +186,7 @@ def float_pass(
             store.add_call(name, image, args, kwargs, output)
 
         observing = quantizer_mode(inputs, QuantizerMode.OBSERVE)
-        with float_only(model), original_activations(model), observing, watch_blocks(blocks, see):
+        with original_function(model), observing, watch_blocks(blocks, see):
             teacher = task.teacher(model, samples[image])
         for quantizer in inputs:
             quantizer.observer.end_image()

@@ -19,7 +19,7 @@ from apq_mmdet.calibration.transforms import observe_anew, run_images
 from apq_mmdet.calibration.units import UnitCall, UnitCalls
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import float_only
-from apq_mmdet.layers.mlp_refit import Mlp, mlps_of, original_activations, replaced_activation
+from apq_mmdet.layers.mlp_refit import Mlp, mlps_of, original_function, replaced_activation
 
 STEPS = 1000
 BATCH = 512  # tokens in each
@@ -70,7 +70,7 @@ def _record(module: nn.Module, mlp: Mlp, calls: UnitCalls, tokens: UnitCalls, se
         mlp.first.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
         mlp.second.register_forward_hook(lambda _, args, output: seen.extend((args[0], output))),
     )
-    with hooked(hooks), float_only(module), original_activations(module):
+    with hooked(hooks), original_function(module):
         for call in calls:
             seen.clear()
             module(*call.args, **call.kwargs)

@@ -29,7 +29,7 @@ from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG, standalone_con
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import map_values, plain, write_atomic
-from apq_mmdet.layers import float_only
+from apq_mmdet.layers.mlp_refit import original_function
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.registry import LOOPS
 from apq_mmdet.report import remove_report, render_table, write_report
@@ -151,7 +151,7 @@ class PTQLoop(TestLoop):
         float_metrics = None
         if self.eval_float:
             self.runner.logger.info("evaluating the float model")
-            with float_only(self.model):
+            with original_function(self.model):
                 float_metrics = super().run()
         report = self._calibrate()
         if is_main_process():

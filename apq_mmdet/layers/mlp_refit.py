@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.errors import BadInputError
+from apq_mmdet.layers.base import float_only
 from apq_mmdet.registry import ByClass
 
 
@@ -75,13 +76,17 @@ def replaced_activation(mlp: Mlp) -> ReplacedActivation | None:
 
 
 @contextmanager
-def original_activations(model: nn.Module) -> Iterator[None]:
-    """Context in which replaced activations are what they were."""
+def original_function(model: nn.Module) -> Iterator[None]:
+    """Context in which a model, not calibrated yet, computes what the float model does of which it was made.
+
+    No quantizer acts, as in ``float_only``, and replaced activations are what they were.
+    """
     activations = [module for module in model.modules() if isinstance(module, ReplacedActivation)]
     try:
         for activation in activations:
             activation.replaced = False
-        yield
+        with float_only(model):
+            yield
     finally:
         for activation in activations:
             activation.replaced = True

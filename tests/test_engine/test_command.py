@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from quick_command import QUICK, quantize
 
+from apq_mmdet.calibration import mlp_refit
 from apq_mmdet.calibration.distributed import SHARD, own_images
 from apq_mmdet.engine import command
 from apq_mmdet.engine.quantized_config import COCO_ITEMS, load_recipe, quantized_config
@@ -104,6 +105,14 @@ def wait_for_blocks(process, folder):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_float_ap_is_that_of_the_model_with_its_own_activations(result, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(mlp_refit, "STEPS", 1)
+    options = ["--cfg-options", "model.quant.mlp_refit=True", "model.quant.search.windows=0"]
+    assert quantize(config, tmp_path, "--eval-float", "--no-eval", *options) == 0
+    measured = [json.loads((folder / "report.json").read_text())["metrics"]["float"] for folder in (result, tmp_path)]
+    assert measured[0] == measured[1]
 
 
 def test_killed_and_resumed_gives_the_same_bytes(result, config, tmp_path):
