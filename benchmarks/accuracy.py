@@ -109,7 +109,8 @@ def chosen_specs(args: argparse.Namespace) -> list[Spec]:
         check_choice(recipe, recipes, "--best")
     best = BEST_RECIPES if args.best is None else args.best
     given = (args.bits, args.detectors, args.grounds, args.scopes, args.num_calib, args.max_val)
-    return [replace(spec, options=args.cfg_options) for spec in make_grid(recipes, best, *given)]
+    options = json.loads(json.dumps(args.cfg_options))  # as rows have them: lists for tuples
+    return [replace(spec, options=options) for spec in make_grid(recipes, best, *given)]
 
 
 # -- one run --------------------------------------------------------------------------------------------------
@@ -186,12 +187,14 @@ def cpu_model() -> str:
 
 
 def revision() -> str | None:
-    """The commit of the code, with ``-dirty`` where it has been changed since; None outside of a git repository."""
-    line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    """The commit, with ``-dirty`` where what is measured has been changed since; None outside of a git repository."""
+    git, measured = ["git", "-C", str(ROOT)], ["apq_mmdet", "configs", "tools"]
+    lines = ([*git, "rev-parse", "--short", "HEAD"], [*git, "status", "--porcelain", "--", *measured])
     try:
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changes = (subprocess.run(line, capture_output=True, text=True, check=True).stdout for line in lines)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit.strip() + ("-dirty" if changes else "")
 
 
 def execute(spec: Spec, work_dir: Path, eval_float: bool) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def execute(spec: Spec, work_dir: Path, eval_float: bool) -> dict[str, Any]:
         RunFailedError: the run failed.
     """
     folder = (work_dir / spec.name).resolve()
-    line = command_line(spec, folder, work_dir.resolve(), eval_float)
+    line, commit = command_line(spec, folder, work_dir.resolve(), eval_float), revision()
     run_logged([str(ROOT / "tools" / "quantize_det.py"), *line], folder / "log.txt")
     report = json.loads((folder / "report.json").read_text())
     return {
@@ -215,7 +218,7 @@ def execute(spec: Spec, work_dir: Path, eval_float: bool) -> dict[str, Any]:
         "peak_memory_bytes": report["peak_memory"]["host_bytes"],
         "checkpoint_bytes": report["sizes"]["quantized_checkpoint_bytes"],
         "versions": report["versions"],
-        "commit": revision(),
+        "commit": commit,
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 

@@ -272,7 +272,8 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
     """Commands, versions and machines of the rows."""
     versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows})
     machines = sorted({f"{row.get('cpu', 'processor not recorded')}, threads: {row['threads']}" for row in rows})
-    dated = [row for row in rows if row.get("commit")]
+    dated = sum(bool(row.get("commit")) for row in rows)
+    told = [f"{dated} rows name the commit that made them; older ones are of that which added them, or one before."]
     log = "[benchmarks/results/accuracy.jsonl](../benchmarks/results/accuracy.jsonl)"
     lines = [
         "    python tools/make_demo_data.py --out data/demo",
@@ -282,8 +283,7 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
         f"{len(rows)} runs, one line each in {log};",
         "this page is written from them by `python benchmarks/accuracy.py --report`. What the grid lacks came from the",
         "same script's options (`--recipes`, `--bits`, `--scopes`, `--num-calib`, `--best`, `--cfg-options`).",
-        f"{len(dated)} rows say which commit made them; the older ones are of the commit that added them, or of one",
-        "before it.",
+        *(told if dated else []),
         "",
         *[f"* Versions: {text}." for text in versions],
         *[f"* Machine: {text}." for text in machines],

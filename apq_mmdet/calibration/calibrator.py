@@ -32,10 +32,10 @@ from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import equalize, rescalings_of
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError, listed
-from apq_mmdet.layers.base import quantized_layers, quantizers_of
+from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.layers.integer import float32_precision
-from apq_mmdet.layers.mlp_refit import mlps_of, original_function, replaced_activation
+from apq_mmdet.layers.mlp_refit import replaceable_mlps
 from apq_mmdet.quantizers import QuantizerMode, quantizer_mode
 
 MEMORY_BUDGET = 4 * 2**30  # bytes
@@ -63,7 +63,7 @@ def calibrate(
         recipe: what to search and how.
         task: runs the model and gives the distillation loss; by default the model is called on each sample.
         states: keeps finished blocks; those already kept are not searched again. Only that of the first process counts.
-        seed: of the random samplers of the fast recipes.
+        seed: of everything that is drawn: samples, minibatches, what stays float in training.
         capture_dir: existing folder for captured activations, which are deleted in the end; None takes the system's
             temporary folder.
         memory_budget: bytes of memory that calibration may take above the model's own; what does not fit goes to
@@ -83,7 +83,8 @@ def calibrate(
     check_model(model, recipe)
     task = task or FeatureTask()
     blocks = partition(model)
-    learns = any(worth_reconstructing(block, stage) for block in blocks.values() for stage in recipe.reconstruction)
+    stages = [stage for stage in recipe.reconstruction if any(worth_reconstructing(b, stage) for b in blocks.values())]
+    learns = bool(stages) or recipe.policy.mlp_refit
     if torch.is_inference_mode_enabled() and (learns or any(map(recipe.needs_gradients, blocks))):
         raise CalibrationError(
             "this recipe needs gradients, which torch.inference_mode() forbids: calibrate outside of it"
@@ -116,11 +117,18 @@ def check_model(model: nn.Module, recipe: Recipe) -> None:
 
     Raises:
         BadInputError: a grid holds no factor that a format allows, a layer is part of two blocks, weights are of half
-            precision, or an earlier calibration has changed them.
+            precision, an earlier calibration has changed them, or an MLP that is to be refitted lies in no block.
     """
     _check_weights(model)
     _check_grids(model, recipe.search)
-    partition(model)
+    blocks = partition(model)
+    inside = [activation for block in blocks.values() for *_, activation in replaceable_mlps(block)]
+    outside = [name for name, _, activation in replaceable_mlps(model) if activation not in inside]
+    if outside:
+        raise BadInputError(
+            f"quant.mlp_refit: {listed(outside)} lie in no block of calibration, whose outputs they could be refitted "
+            f"to; quantize this model without it"
+        )
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -186,7 +194,7 @@ def float_pass(
             store.add_call(name, image, args, kwargs, output)
 
         observing = quantizer_mode(inputs, QuantizerMode.OBSERVE)
-        with original_function(model), observing, watch_blocks(blocks, see):
+        with float_only(model), observing, watch_blocks(blocks, see):
             teacher = task.teacher(model, samples[image])
         for quantizer in inputs:
             quantizer.observer.end_image()
@@ -211,7 +219,7 @@ def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureSto
         block = blocks[name]
         even = strength > 0 and bool(rescalings_of(block))
         centered = bool(centered_layers(block))
-        refitted = any(replaced_activation(mlp) is not None for _, mlp in mlps_of(block))
+        refitted = bool(replaceable_mlps(block))
         if even or centered or refitted:
             calls, module = UnitCalls(store, (name, "whole")), unit_module(block)
             for call in store.inputs(name):

@@ -64,7 +64,7 @@ def _told_by(rank: int, value: Any) -> Any:
 def take_from_first(tensors: Iterable[Tensor]) -> None:
     """Give tensors of every process the values of the first one: machines that compute differently still end alike."""
     own = list(tensors)
-    for tensor, value in zip(own, gather([tensor.cpu() for tensor in own])[0], strict=True):
+    for tensor, value in zip(own, _told_by(0, [tensor.detach().cpu() for tensor in own]), strict=True):
         tensor.copy_(value)
 
 
@@ -79,14 +79,14 @@ def refused_together(check: Callable[[], Result], here: bool = True) -> Result |
         What ``check`` returns; None in processes that do nothing.
 
     Raises:
-        BadInputError: a process has raised it; that of the first one.
+        BadInputError: a process has raised it: its own, or else that of the first one.
     """
     result, refusal = None, None
     try:
         result = check() if here else None
     except BadInputError as error:
         refusal = error
-    refusals = [found for found in gather(refusal and str(refusal)) if found]
+    refusals = [found for found in gather(None if refusal is None else str(refusal)) if found is not None]
     if refusals:
         raise refusal or BadInputError(refusals[0])
     return result

@@ -19,11 +19,11 @@ from apq_mmdet.calibration.transforms import observe_anew, run_images
 from apq_mmdet.calibration.units import UnitCall, UnitCalls
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import float_only
-from apq_mmdet.layers.mlp_refit import Mlp, mlps_of, original_function, replaced_activation
+from apq_mmdet.layers.mlp_refit import Mlp, replaceable_mlps
 
 STEPS = 1000
 BATCH = 512  # tokens in each
-TOKENS = 1024  # of an image, from which they are drawn
+TOKENS = 1024  # of each run on an image, from which they are drawn
 LEARNING_RATE = 1e-3  # of Adam, which falls to zero as half a cosine
 QUANTILE = 0.999  # of positive hidden values, where they are clipped
 CLIPPED_WEIGHT = 2.0
@@ -31,12 +31,12 @@ CLIPPED_WEIGHT = 2.0
 
 @torch.no_grad()
 def refit_mlps(block: nn.Module, module: nn.Module, calls: UnitCalls, seed: int) -> None:
-    """Refit every MLP of a block that has a ReLU for its GELU, and observe the ranges of its two layers anew.
+    """Replace and refit every MLP of a block that may be, and observe the ranges of its two layers anew.
 
     In a distributed run every process calls this and ends with what a single process gives.
 
     Args:
-        block: its weights are changed in place; an MLP that runs in no call keeps what it has.
+        block: its weights are changed in place; an MLP that runs in no call of any process stays as it is.
         module: its view of units, or itself; maps the calls' inputs to their outputs.
         calls: float inputs on this process' images.
         seed: of the tokens that are drawn.
@@ -44,13 +44,14 @@ def refit_mlps(block: nn.Module, module: nn.Module, calls: UnitCalls, seed: int)
     Raises:
         CalibrationError: an MLP's inputs or outputs are NaN or infinite.
     """
-    mlps = [(name, mlp) for name, mlp in mlps_of(block) if replaced_activation(mlp) is not None]
+    mlps = replaceable_mlps(block)
+    # all before the first is changed: what one gives may be what another gets
+    samples = [_record(module, mlp, calls, calls.of_layer(index), seed) for index, (_, mlp, _) in enumerate(mlps)]
     operands = []
-    for index, (name, mlp) in enumerate(mlps):
-        tokens = calls.of_layer(index)
-        largest = _record(module, mlp, calls, tokens, seed)
-        if largest is not None:
+    for (name, mlp, activation), (tokens, largest) in zip(mlps, samples, strict=True):
+        if sum(gather(len(tokens))):
             _fit(name, mlp, tokens, largest, seed)
+            activation.replace()
             operands += [(mlp.first, "weight"), (mlp.second, "input"), (mlp.second, "weight")]
         tokens.drop()
     if operands:
@@ -58,19 +59,21 @@ def refit_mlps(block: nn.Module, module: nn.Module, calls: UnitCalls, seed: int)
             observe_anew(operands, lambda: run_images(block, module, calls))
 
 
-def _record(module: nn.Module, mlp: Mlp, calls: UnitCalls, tokens: UnitCalls, seed: int) -> float | None:
-    """Keep a sample of the MLP's inputs and of what it gave with its GELU.
+def _record(module: nn.Module, mlp: Mlp, calls: UnitCalls, tokens: UnitCalls, seed: int) -> tuple[UnitCalls, float]:
+    """A sample of the MLP's inputs and of what it gives with its GELU.
 
     Returns:
-        The mean over all images of the quantile at which hidden values are clipped; None where the MLP never runs.
+        ``tokens``, with a sample of every run on this process' images; and the largest hidden value that is not
+        clipped: the mean, over all runs on all images, of the quantile.
     """
     seen: list[Tensor] = []
     quantiles: list[tuple[int, float]] = []  # (image, quantile)
+    # clones: what follows may modify them in place
     hooks = (
-        mlp.first.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-        mlp.second.register_forward_hook(lambda _, args, output: seen.extend((args[0], output))),
+        mlp.first.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())),
+        mlp.second.register_forward_hook(lambda _, args, output: seen.extend((args[0].clone(), output.clone()))),
     )
-    with hooked(hooks), original_function(module):
+    with hooked(hooks), float_only(module):
         for call in calls:
             seen.clear()
             module(*call.args, **call.kwargs)
@@ -84,7 +87,7 @@ def _record(module: nn.Module, mlp: Mlp, calls: UnitCalls, tokens: UnitCalls, se
                     place = math.ceil(QUANTILE * len(positive)) - 1
                     quantiles.append((call.image, float(order_statistic(positive, place))))
     found = [value for _, value in sorted(pair for part in gather(quantiles) for pair in part)]
-    return sum(found) / len(found) if found else None
+    return tokens, sum(found) / len(found) if found else math.inf
 
 
 def _fit(name: str, mlp: Mlp, tokens: UnitCalls, largest: float, seed: int) -> None:
@@ -108,8 +111,9 @@ def _fit(name: str, mlp: Mlp, tokens: UnitCalls, largest: float, seed: int) -> N
             value.grad = grad
         optimizer.step()
         schedule.step()
-    if not all(bool(value.isfinite().all()) for value in values):
-        raise CalibrationError(f"refit of MLP {name!r}: its inputs or outputs are NaN or infinite")
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-    take_from_first(parameters)
+    with torch.no_grad():
+        take_from_first(values)  # all processes are told alike whether they are finite
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise CalibrationError(f"refit of MLP {name!r}: its inputs or outputs are NaN or infinite")
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

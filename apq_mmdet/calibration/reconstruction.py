@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.blocks import tensors_of
-from apq_mmdet.calibration.distributed import gather
+from apq_mmdet.calibration.distributed import gather, take_from_first
 from apq_mmdet.calibration.learned import (
     Learned,
     LearnedCodes,
@@ -248,7 +248,7 @@ def _train(
                     return float(mean)
                 recent.clear()
     for part in parts:
-        part.values.copy_(gather(part.values.cpu())[0])  # machines that compute differently still end alike
+        take_from_first([part.values])
         part.write()
     return None
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from apq_mmdet.calibration.blocks import bytes_of
 from apq_mmdet.calibration.objectives import Objective, build_objective
 from apq_mmdet.calibration.progress import Progress, Silent
 from apq_mmdet.calibration.recipe import SearchConfig
@@ -21,12 +22,11 @@ from apq_mmdet.calibration.scoring import (
     relative,
     sum_by_image,
 )
-from apq_mmdet.calibration.units import SCREENS, UnitCalls
+from apq_mmdet.calibration.units import SCREENS, UnitCall, UnitCalls
 from apq_mmdet.calibration.weight_errors import in_closed_form, weight_errors
 from apq_mmdet.layers.base import QuantizedLayer, quantized_layers, quantizers_of
 from apq_mmdet.quantizers import Quantizer, QuantizerMode
 
-RECORDED_PER_CALL = 10  # about how much larger than a block's own calls those of all its layers are
 SILENT = Silent()
 UNSEARCHED = Candidate(1.0)
 
@@ -205,14 +205,21 @@ class SlotErrors:
         """The layer's own calls; those of all layers are made and kept at once where there is room for them."""
         if layer not in self._layer_calls:
             self.drop()
-            fits = self.calls.bytes * RECORDED_PER_CALL <= self.calls.room
-            wanted = [found for _, found in quantized_layers(self.module)] if fits else [layer]
+            wanted = [found for _, found in quantized_layers(self.module)]
+            if self.calls and not self.calls.has_room_for(self._recorded_bytes(self.calls[0], wanted)):
+                wanted = [layer]
             self._layer_calls = {found: self.calls.of_layer(index) for index, found in enumerate(wanted)}
-            runs = sum(self._runs.get(found, 0) for found in wanted)
             for call in self.calls:
-                for found, recorded in layer_calls(self.module, call, wanted, self._needs_gradients, runs):
+                for found, recorded in self._record(call, wanted):
                     self._layer_calls[found].add(recorded)
         return self._layer_calls[layer]
+
+    def _record(self, call: UnitCall, wanted: list[QuantizedLayer]) -> list[tuple[QuantizedLayer, UnitCall]]:
+        runs = sum(self._runs.get(found, 0) for found in wanted)
+        return layer_calls(self.module, call, wanted, self._needs_gradients, runs)
+
+    def _recorded_bytes(self, call: UnitCall, wanted: list[QuantizedLayer]) -> int:
+        return sum(bytes_of(recorded.tensors()) for _, recorded in self._record(call, wanted))
 
     def drop(self) -> None:
         """Forget the layers' calls."""

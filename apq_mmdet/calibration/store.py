@@ -16,6 +16,7 @@ from apq_mmdet.calibration.blocks import BlockCall, bytes_of, tensors_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.errors import CalibrationError
 
+MOST_IN_SYSTEMS = 2**31  # bytes; the system's temporary folder may be memory
 TENSOR = object()  # stands for a tensor in the structure of a kept tree
 
 
@@ -32,6 +33,7 @@ class TensorStore:
 
     def __init__(self, parent: str | Path | None = None, memory: int = 0) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_", dir=parent)
+        self._is_given = parent is not None
         self._memory = memory
         self._structure: dict[Hashable, tuple[TreeSpec, list[Any], torch.device]] = {}
         self._held: dict[Hashable, list[Tensor]] = {}
@@ -48,7 +50,11 @@ class TensorStore:
     @property
     def room(self) -> int:
         """Bytes that it may still take: in memory, and this process' share of half of what the disk has left."""
-        return self._memory + shutil.disk_usage(self._folder.name).free // (2 * get_world_size())
+        try:
+            free = shutil.disk_usage(self._folder.name).free // (2 * get_world_size())
+        except OSError:  # what is put in next tells that the folder is gone
+            free = 0
+        return self._memory + (free if self._is_given else min(free, MOST_IN_SYSTEMS))
 
     def put(self, key: Hashable, tree: Any) -> None:
         """Keep a tree; an earlier one of the same key is replaced."""

@@ -236,10 +236,9 @@ class UnitCalls:
     def __iter__(self) -> Iterator[UnitCall]:
         return (self[index] for index in range(len(self)))
 
-    @property
-    def room(self) -> int:
-        """Bytes that their store may still take."""
-        return self._store.room
+    def has_room_for(self, part: int) -> bool:
+        """Whether their store may take so many bytes for the first call, and as much for the others by their size."""
+        return not self._sizes or part * self.bytes <= self._store.room * self._sizes[0]
 
     @property
     def bytes(self) -> int:

@@ -54,11 +54,12 @@ class CalibrationImages(Sequence):
         )
 
     def check(self, indices: Iterable[int] | None = None) -> None:
-        """Raise BadInputError with the path of the first of these images (None: all) that cannot be read."""
+        """Raise BadInputError for the first path that does not exist, or of these images (None: all) cannot be read."""
+        missing = next((path for path in self.paths if not os.path.isfile(path)), None)
+        if missing is not None:
+            raise BadInputError(f"calibration image {missing} does not exist{only_local(missing)}")
         for index in range(len(self)) if indices is None else indices:
             path = self.paths[index]
-            if not os.path.isfile(path):
-                raise BadInputError(f"calibration image {path} does not exist{only_local(path)}")
             try:
                 sample = self[index]
             except Exception as error:

@@ -39,8 +39,7 @@ from apq_mmdet.engine.options import (
 from apq_mmdet.engine.quantized_config import DEFAULT_RECIPE, read_recipe
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers import quantize_model
-from apq_mmdet.layers.mlp_refit import original_function
+from apq_mmdet.layers import float_only, quantize_model
 from apq_mmdet.models.timm_import import import_timm
 from apq_mmdet.report import remove_report, render_table, write_report
 
@@ -198,7 +197,7 @@ class ClassificationRun:
         print(render_table(self.table))
         float_metrics = None
         if self.args.eval_float:
-            with original_function(self.model):
+            with float_only(self.model):
                 float_metrics = self._measure("float model")
         report = calibrate(
             self.model,

@@ -29,7 +29,7 @@ from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG, standalone_con
 from apq_mmdet.engine.run_record import STATES, calibration_conditions, run_report, sha256_of
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import map_values, plain, write_atomic
-from apq_mmdet.layers.mlp_refit import original_function
+from apq_mmdet.layers import float_only
 from apq_mmdet.models.distillation import detection_task
 from apq_mmdet.registry import LOOPS
 from apq_mmdet.report import remove_report, render_table, write_report
@@ -76,11 +76,12 @@ class PTQLoop(TestLoop):
         self.checkpoint, self.memory_budget, self.dry_run = checkpoint, memory_budget, dry_run
         self.allow_overlap, self.seen = allow_overlap, 0
         standalone_config(runner.cfg, [])  # whatever cannot be written is told now
-        self.float_meta = load_float_weights(self.model, checkpoint)
+        # what lies on one node may be missing on another
+        self.float_meta = refused_together(partial(load_float_weights, self.model, checkpoint))
         check_model(self.model, self.model.recipe)
         if evaluate or eval_float:
-            self._build_evaluation(runner, dataloader, evaluator, fp16)
-        self.images = self._calibration_images(runner, num_calib, calib_dir)
+            refused_together(partial(self._build_evaluation, runner, dataloader, evaluator, fp16))
+        self.images = refused_together(partial(self._calibration_images, runner, num_calib, calib_dir))
         self.task = detection_task(self.model, self.model.recipe.policy.scope)
         self.work_dir = Path(runner.work_dir)
         self.run_description = self._describe_run()
@@ -106,7 +107,7 @@ class PTQLoop(TestLoop):
             images = calibration_from_config(runner.cfg, num, self.seed)
         else:
             images = calibration_from_folder(runner.cfg, folder, num, self.seed)
-        refused_together(partial(images.check, own_images(len(images))))
+        images.check(own_images(len(images)))
         if self.evaluate or self.eval_float:
             dataset = self.dataloader.dataset
             evaluated = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
@@ -151,7 +152,7 @@ class PTQLoop(TestLoop):
         float_metrics = None
         if self.eval_float:
             self.runner.logger.info("evaluating the float model")
-            with original_function(self.model):
+            with float_only(self.model):
                 float_metrics = super().run()
         report = self._calibrate()
         if is_main_process():

@@ -25,7 +25,7 @@ def sha256_of(paths: Iterable[str | Path]) -> str:
 
 
 def calibration_conditions(images: Iterable[str | Path], device: str) -> dict[str, Any]:
-    """What else the bits of a calibration depend on: image files, device, threads, versions of torch and mmdet."""
+    """What else the bits of a calibration depend on: image files, device, threads, versions of the stack."""
     return {
         "calibration_images_sha256": sha256_of(images),
         "device": device,

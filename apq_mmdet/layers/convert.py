@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.base import LAYERS, quantized_layers, to_quantized
 from apq_mmdet.layers.matmul import Product
-from apq_mmdet.layers.mlp_refit import replace_activations
+from apq_mmdet.layers.mlp_refit import make_replaceable, refittable_mlps
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -133,10 +133,10 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
         if type(module) in ATTENTION:
             ATTENTION[type(module)](module)
     planned = _plan(model, part, policy)
+    mlps = refittable_mlps(part, _to_quantize(planned)) if policy.mlp_refit else []
     if policy.output_compensation:
         install_output_compensation(part)
-    if policy.mlp_refit:
-        replace_activations(part)
+    make_replaceable(mlps)
     unused = _training_only(part)
     inside = set(part.modules()) - unused
     table: list[LayerRow] = []
@@ -179,6 +179,10 @@ def _plan(model: nn.Module, part: nn.Module, policy: Policy) -> dict[str, _Plann
     if not any(plan.quantizers for plan in planned.values()):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     return planned
+
+
+def _to_quantize(planned: dict[str, _PlannedLayer]) -> set[nn.Module]:
+    return {plan.layer for plan in planned.values() if plan.quantizers}
 
 
 def _computed(layer: nn.Module) -> bool:

@@ -38,7 +38,10 @@ def integer_precision() -> Iterator[None]:
 
 
 def float32_precision() -> contextlib.AbstractContextManager[None]:
-    """Context in which float32 tensors are multiplied as such, also in a GPU's convolutions, whose default is TF32."""
+    """Context in which float32 tensors are multiplied as such, also in a GPU's convolutions, whose default is TF32.
+
+    It takes torch 2.9; older ones keep what the user has set.
+    """
     return _set_to([(backend, "ieee") for backend, _ in _BACKENDS])
 
 

@@ -3,16 +3,18 @@
 What a GELU gives is hard to quantize: its negative values take a sliver of the range. A ReLU gives zero there.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers.base import float_only
 from apq_mmdet.registry import ByClass
+
+REPLACED = "is_replaced"  # name of a buffer
 
 
 @dataclass(frozen=True)
@@ -25,29 +27,40 @@ class Mlp:
     activation: str
 
 
-class ReplacedActivation(nn.Module):
-    """A ReLU in the place of a GELU, which it can give back while the float model is looked at.
+class ReplaceableActivation(nn.Module):
+    """A GELU until calibration has refitted its MLP, a ReLU from then on; its state says which.
 
     Attributes:
         original: the GELU.
-        replaced: whether it is a ReLU, as it is whenever nothing else is said.
+        is_replaced: a bool tensor.
     """
 
-    def __init__(self, original: nn.Module) -> None:
+    is_replaced: Tensor
+
+    def __init__(self, original: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.original = original
-        self.replaced = True
+        self.register_buffer(REPLACED, torch.tensor(False, device=device))
+        self._replaced = False  # forward reads no tensor, for which a GPU would have to be waited for
+
+    def replace(self) -> None:
+        """Be a ReLU from now on."""
+        self._replaced = True
+        self.is_replaced.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        return F.relu(x) if self.replaced else self.original(x)
+        return F.relu(x) if self._replaced else self.original(x)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._replaced = bool(self.is_replaced)
 
 
 MLPS = ByClass()  # class of an MLP -> MLP -> Mlp, or None where it computes something else
 
 
-def mlps_of(model: nn.Module) -> Iterator[tuple[str, Mlp]]:
-    """(name, MLP) of every MLP inside ``model`` whose class is registered."""
+def _mlps_of(model: nn.Module) -> Iterator[tuple[str, Mlp]]:
     for name, module in model.named_modules():
         find = MLPS.find(module)
         mlp = None if find is None else find(module)
@@ -55,38 +68,31 @@ def mlps_of(model: nn.Module) -> Iterator[tuple[str, Mlp]]:
             yield name, mlp
 
 
-def replace_activations(model: nn.Module) -> None:
-    """Give every MLP of ``model`` a ReLU for its GELU.
+def refittable_mlps(model: nn.Module, quantized: Set[nn.Module]) -> list[Mlp]:
+    """The MLPs with a GELU of which both layers are going to be quantized.
 
     Raises:
-        BadInputError: there is no MLP with a GELU.
+        BadInputError: there is none.
     """
-    found = [mlp for _, mlp in mlps_of(model) if isinstance(getattr(mlp.holder, mlp.activation), nn.GELU)]
+    found = [mlp for _, mlp in _mlps_of(model) if isinstance(getattr(mlp.holder, mlp.activation), nn.GELU)]
+    found = [mlp for mlp in found if {mlp.first, mlp.second} <= quantized]
     if not found:
         known = ", ".join(cls.__name__ for cls in MLPS)
-        raise BadInputError(f"quant.mlp_refit: the model has no MLP with a GELU of a class that it fits ({known})")
-    for mlp in found:
-        setattr(mlp.holder, mlp.activation, ReplacedActivation(getattr(mlp.holder, mlp.activation)))
+        raise BadInputError(
+            f"quant.mlp_refit: the model has no quantized MLP with a GELU (torch.nn.GELU) of a class that it fits "
+            f"({known})"
+        )
+    return found
 
 
-def replaced_activation(mlp: Mlp) -> ReplacedActivation | None:
-    """The activation of an MLP if it is a replaced one."""
-    activation = getattr(mlp.holder, mlp.activation)
-    return activation if isinstance(activation, ReplacedActivation) else None
+def make_replaceable(mlps: list[Mlp]) -> None:
+    """Let calibration put a ReLU in the place of these MLPs' activations."""
+    for mlp in mlps:
+        original = getattr(mlp.holder, mlp.activation)
+        setattr(mlp.holder, mlp.activation, ReplaceableActivation(original, mlp.first.weight.device))
 
 
-@contextmanager
-def original_function(model: nn.Module) -> Iterator[None]:
-    """Context in which a model, not calibrated yet, computes what the float model does of which it was made.
-
-    No quantizer acts, as in ``float_only``, and replaced activations are what they were.
-    """
-    activations = [module for module in model.modules() if isinstance(module, ReplacedActivation)]
-    try:
-        for activation in activations:
-            activation.replaced = False
-        with float_only(model):
-            yield
-    finally:
-        for activation in activations:
-            activation.replaced = True
+def replaceable_mlps(module: nn.Module) -> list[tuple[str, Mlp, ReplaceableActivation]]:
+    """(name, MLP, activation) of those inside a module that ``make_replaceable`` was given."""
+    found = [(name, mlp, getattr(mlp.holder, mlp.activation)) for name, mlp in _mlps_of(module)]
+    return [entry for entry in found if isinstance(entry[2], ReplaceableActivation)]

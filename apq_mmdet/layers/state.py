@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from apq_mmdet.errors import CheckpointError, listed
 from apq_mmdet.layers.base import INPUT_CENTERS, INPUT_FACTORS, QuantizedLayer, quantizers_of
+from apq_mmdet.layers.mlp_refit import REPLACED
 from apq_mmdet.layers.output_compensation import NAME as OUTPUT_COMPENSATION
 from apq_mmdet.quantizers import pack_codes, unpack_codes
 
 FORMAT_VERSION = 2
 VERSION_KEY = "apq_format_version"
 PACKED_SUFFIX = "weight_codes"
+FRESH = {INPUT_FACTORS: torch.ones_like, INPUT_CENTERS: torch.zeros_like, REPLACED: torch.zeros_like}
 FORMAT_SUFFIX = ".format"  # of what each quantizer says about its codes
 
 
@@ -22,7 +24,7 @@ def is_added(key: str) -> bool:
     """Whether a key of a quantized model's state_dict is one that the float model has not."""
     parts = key.split(".")
     return (
-        parts[-1] in (VERSION_KEY, INPUT_FACTORS, INPUT_CENTERS)
+        parts[-1] in (VERSION_KEY, INPUT_FACTORS, INPUT_CENTERS, REPLACED)
         or "quantizers" in parts
         or OUTPUT_COMPENSATION in parts
     )
@@ -106,7 +108,7 @@ def _before_load(
         model.weights_changed_by_calibration = False
         for key, value in own.items():
             if is_added(key):  # float weights have taken up no factors, and nothing is known of their inputs
-                fresh = {INPUT_FACTORS: torch.ones_like, INPUT_CENTERS: torch.zeros_like}.get(key.split(".")[-1])
+                fresh = FRESH.get(key.split(".")[-1])
                 state.setdefault(key, fresh(value) if fresh else value)
         return
     version = int(state[prefix + VERSION_KEY])

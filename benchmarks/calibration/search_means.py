@@ -17,7 +17,7 @@ import torch
 from search_speed import ROUNDS, build_parser, capture, config, ours
 from torch import Tensor
 
-from apq_mmdet.calibration import scoring, search, units
+from apq_mmdet.calibration import scoring, units
 from apq_mmdet.calibration.search import Slot
 from apq_mmdet.calibration.tape import Replays
 from apq_mmdet.files import write_json
@@ -40,7 +40,6 @@ MEANS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "screening": lambda: patch.object(scoring, "_next_screen", lambda expected, masses: None),
     "integer products": lambda: patch.object(QuantizedLayer, "may_take_codes", False),
     "tiles": lambda: patch.object(units, "TILE_ELEMENTS", EVERYTHING),
-    "closed form": lambda: patch.object(search, "in_closed_form", lambda *_: False),
     "fixpoint": lambda: patch.object(Slot, "searched_at", property(lambda slot: -1, lambda slot, value: None)),
 }
 

@@ -31,6 +31,7 @@ from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.engine import command
 from apq_mmdet.files import write_json
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.integer import float32_precision
 from apq_mmdet.quantizers import QuantizerMode
 
 BLOCKS = ("backbone.stages.0.blocks.1", "backbone.stages.2.blocks.1")
@@ -91,7 +92,8 @@ def ours(block: nn.Module, calls: list[BlockCall], search: SearchConfig) -> tupl
     for call in calls:
         units.add(to_units(block, call))
     clock = Clock()
-    chosen = search_block(unit_module(block), units, search, clock)
+    with float32_precision():  # as in a calibration
+        chosen = search_block(unit_module(block), units, search, clock)
     clock.quantizer("")
     return chosen, {name: s for name, s in clock.seconds.items() if name}
 
@@ -105,6 +107,8 @@ class Clock(Silent):
 
     def quantizer(self, name: str) -> None:
         """The search of another quantizer begins."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._since
         self._name, self._since = name, now

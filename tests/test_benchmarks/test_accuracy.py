@@ -123,8 +123,8 @@ def test_unknown_recipe_is_refused_with_the_near_one(capsys):
 
 
 def test_options_are_those_of_every_run():
-    options = {"model.quant.equalize": 0.5, "model.quant.search.order": "forward"}
-    words = [f"{key}={value}" for key, value in options.items()]
+    options = {"model.quant.equalize": 0.5, "model.quant.search.grids.MatMul": [0.1, 1.2, 23]}
+    words = ["model.quant.equalize=0.5", "model.quant.search.grids.MatMul=(0.1,1.2,23)"]  # lists in a row
     args = accuracy.parse_args(["--recipes", "minmax", "percentile", "--bits", "W3A3", "--cfg-options", *words])
     specs = accuracy.chosen_specs(args)
     assert {s.recipe for s in specs} == {"minmax", "percentile"}
@@ -274,7 +274,7 @@ def test_report_of_a_few_rows(tmp_path):
     assert "* Machine: Abacus 1, threads: 1." in lines
     assert "* Machine: processor not recorded, threads: 1." in lines
     assert "* Versions: apq_mmdet 0.1.0, torch 2.13.0." in lines
-    assert any(line.startswith("8 rows say which commit made them") for line in lines)
+    assert any(line.startswith("8 rows name the commit that made them") for line in lines)
     start = lines.index("## mask-rcnn, plain, scope `backbone`")
     assert lines[start + 4 : start + 9] == [
         "| recipe | images | W4A4 | W3A3 | seconds at W4A4 / W3A3 | peak memory |",

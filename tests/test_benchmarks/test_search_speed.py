@@ -12,6 +12,7 @@ import time_shares
 import torch
 from helpers import build_swin, observed, recipe
 
+from apq_mmdet.calibration import scoring, search
 from apq_mmdet.calibration.blocks import BlockCall, partition
 from apq_mmdet.layers import integer, quantize_model, quantized_layers
 
@@ -57,11 +58,9 @@ def test_a_search_that_chooses_otherwise_is_told(captured, monkeypatch):
 
 def test_the_search_without_one_of_its_means_chooses_alike(captured, monkeypatch):
     block, calls = captured[NAME]
-    evaluated, error_of = Counter(), search_means.search.candidate_errors
+    evaluated, error_of = Counter(), search.candidate_errors
     monkeypatch.setattr(
-        search_means.search,
-        "candidate_errors",
-        lambda *args: evaluated.update({"all": len(args[4])}) or error_of(*args),
+        search, "candidate_errors", lambda *args: evaluated.update({"all": len(args[4])}) or error_of(*args)
     )
     found = search_means.compare(block, calls, "block", 12)
     assert found["choices_that_differ_without"] == []
@@ -76,6 +75,13 @@ def test_the_search_without_one_of_its_means_chooses_alike(captured, monkeypatch
     search_speed.ours(block, calls, search_speed.config("block", 12))
     assert counts["fixpoint"] >= evaluated["all"] > 0
     assert counts["prefix"] == counts["tiles"] == counts["integer products"] == evaluated["all"]
+    assert counts["screening"] > evaluated["all"] / 2
+    with search_means.MEANS["screening"]():
+        assert scoring._next_screen(torch.ones(100), {0.1: 1.0}) is None
+    assert scoring._next_screen(torch.tensor([1.0] + [9.0] * 99), {0.1: 1.0}) == 0.1
+    with search_means.MEANS["integer products"]():
+        assert not any(layer.may_take_codes for _, layer in quantized_layers(block))
+    assert any(layer.may_take_codes for _, layer in quantized_layers(block))
     slot = search_means.Slot("layer", block, "weight")
     with search_means.MEANS["fixpoint"]():
         slot.searched_at = 7

@@ -26,7 +26,7 @@ RUNS = [
     ("apq_plus", 4, 3, IMAGES),
     ("apq_plus", 4, 4, FEW),
     ("qwt", 4, 4, IMAGES),
-    ("aphq", 4, 4, IMAGES),
+    ("aphq", 4, 4, FEW),
     ("repq", 4, 4, IMAGES),
 ]
 DEALT = {1: 10, 2: 20, 3: None, 4: 40, 6: 60}  # values of shards: some are missing, one says nothing

@@ -1,27 +1,36 @@
 """MLPs with a ReLU for their GELU: what becomes of them, and how they are refitted."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build_swin, recipe, short_grids
+from helpers import as_calls, build_swin, recipe, short_grids
 from mmcv.cnn.bricks.transformer import FFN
 from timm.layers import Mlp as TimmMlp
 from torch import nn
 
 from apq_mmdet.calibration import calibrate, mlp_refit
 from apq_mmdet.calibration.store import CaptureStore
+from apq_mmdet.calibration.units import UnitCall
 from apq_mmdet.errors import BadInputError, CalibrationError
 from apq_mmdet.layers import float_only, packed_state_dict, quantize_model
-from apq_mmdet.layers.mlp_refit import ReplacedActivation, mlps_of, original_function, replace_activations
+from apq_mmdet.layers.mlp_refit import (
+    MLPS,
+    Mlp,
+    ReplaceableActivation,
+    make_replaceable,
+    refittable_mlps,
+    replaceable_mlps,
+)
 from apq_mmdet.models.timm_import import import_timm
 
 import_timm()
 
 
 def refitting(**changes):
-    search = dict(grids=short_grids(3), rounds=1)
+    search = dict(grids=short_grids(3), rounds=1, **changes.pop("search", {}))
     return recipe("aphq", reconstruction=None, mlp_refit=True, search=search, **changes)
 
 
@@ -66,18 +75,17 @@ def run(ffn, x, activation):
     return F.linear(activation(F.linear(x, first.weight, first.bias)), second.weight, second.bias)
 
 
-def test_relu_stands_in_for_gelu_but_where_the_float_model_is_asked_for():
-    model, plain = swin(refitting()), swin()
-    x = images()[0]
-    with torch.no_grad():
-        with original_function(model):
-            assert torch.allclose(model(x)[0], plain(x)[0], atol=1e-6)
-        plain.stages[0].blocks[0].ffn.layers[0][1] = nn.ReLU()
-        with float_only(model):
-            assert torch.allclose(model(x)[0], plain(x)[0], atol=1e-6)
+def test_the_activation_is_a_gelu_until_calibration_replaces_it(calibrated):
+    model, plain, x = swin(refitting()), swin(), images()[0]
+    with torch.no_grad(), float_only(model):
+        assert torch.allclose(model(x)[0], plain(x)[0], atol=1e-6)
+    ((_, mlp, activation),) = replaceable_mlps(calibrated)
+    values = torch.linspace(-3, 3, 50)
+    assert torch.equal(activation(values), F.relu(values))
+    assert getattr(mlp.holder, mlp.activation) is activation
 
 
-def test_the_refit_comes_near_what_the_mlp_gave(calibrated):
+def test_the_refit_comes_near_what_the_mlp_gave():
     torch.manual_seed(0)
     plain = swin()
     x, _, y = ffn_tokens(plain)
@@ -128,35 +136,67 @@ def test_hidden_values_are_clipped_at_the_mean_quantile_of_the_positive_ones(mon
 
 
 def test_clipped_hidden_values_count_twice(monkeypatch):
-    """A wide value that only one direction of hidden values has is given up where it is always clipped."""
-    torch.manual_seed(0)
-    x = torch.rand(200, 1) + 1
     mlp = TimmMlp(1, 1, 1, bias=False)
     with torch.no_grad():
         mlp.fc1.weight.fill_(1.0), mlp.fc2.weight.fill_(1.0)
-    (_, found), *_ = mlps_of(mlp)
-    monkeypatch.setattr(mlp_refit, "STEPS", 300)
-    y = F.relu(x)
-
-    class Tokens:
-        def __iter__(self):
-            padding = torch.zeros(len(x), dtype=torch.int64)
-            yield mlp_refit.UnitCall((x,), {}, y, None, padding, 0, y.numel(), separable=True)
-
-        def __getitem__(self, index):
-            return next(iter(self))
-
+    monkeypatch.setattr(mlp_refit, "STEPS", 1)
+    losses, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, *more: losses.append(float(loss)) or grad(loss, *more))
+    x, padding = torch.full((9, 1), 1.5), torch.zeros(9, dtype=torch.int64)
+    tokens = as_calls([UnitCall((x,), {}, x + 0.25, None, padding, 0, 9, separable=True)])
     with torch.no_grad():
-        mlp_refit._fit("mlp", found, Tokens(), largest=1.0, seed=0)
-        hidden = F.relu(mlp.fc1(x))
+        mlp_refit._fit("mlp", Mlp(mlp.fc1, mlp.fc2, mlp, "act"), tokens, largest=1.0, seed=0)
+    # the output is 0.25 too small, and 0.75 where hidden values end at 1
+    assert losses == [pytest.approx(0.25**2 + 2 * 0.75**2)]
 
-        def loss(second):
-            errors = [h * second - y for h in (hidden, hidden.clamp(max=1.0))]
-            return float(errors[0].square().mean() + 2 * errors[1].square().mean())
 
-        learned = float(mlp.fc2.weight)
-        assert learned > 1.02  # as clipped values are too small
-        assert loss(learned) < loss(1.0)
+class TwoMlps(nn.Module):
+    """A block with two MLPs, of which the first writes over what the second gets, run several times in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = TimmMlp(4, 8), TimmMlp(4, 8)
+        self.runs = 1
+
+    def forward(self, x):
+        for _ in range(self.runs):
+            y = self.first(x)
+            y += x
+            x = self.second(y)
+            x += y
+        return x
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_all_mlps_of_a_block_learn_what_they_gave_in_float(runs, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(mlp_refit, "STEPS", 1)
+    fit = mlp_refit._fit
+
+    def note(name, mlp, tokens, largest, seed):
+        kept[name] = [(call.args[0].clone(), call.targets.clone()) for call in tokens]
+        fit(name, mlp, tokens, largest, seed)
+
+    monkeypatch.setattr(mlp_refit, "_fit", note)
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [TwoMlps])
+    torch.manual_seed(0)
+    block = TwoMlps()
+    block.runs = runs
+    model, settings = nn.Sequential(block), refitting()
+    plain, x = copy.deepcopy(block), torch.randn(5, 4)
+    quantize_model(model, settings.policy)
+    calibrate(model, [x], settings)
+    wanted = {"first": [], "second": []}
+    with torch.no_grad():
+        for name in wanted:
+            plain.get_submodule(name).register_forward_hook(
+                lambda _, args, y, n=name: wanted[n].append((args[0].clone(), y.clone()))
+            )
+        plain(x)
+    for name, pairs in wanted.items():
+        for got, want in zip(kept[name], pairs, strict=True):
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
+            assert len(got[0]) == 5
 
 
 def test_ranges_are_those_of_the_refitted_mlp(calibrated):
@@ -180,20 +220,48 @@ def test_a_checkpoint_gives_the_same_model(calibrated):
 
 
 def test_a_float_checkpoint_loads_strictly_and_a_second_calibration_needs_it(calibrated):
+    again = copy.deepcopy(calibrated)
     with pytest.raises(BadInputError, match="has changed its weights"):
-        calibrate(calibrated, images(), refitting())
-    fresh = swin(refitting())
-    fresh.load_state_dict(swin().state_dict(), strict=True)
+        calibrate(again, images(), refitting())
+    again.load_state_dict(swin().state_dict(), strict=True)
+    ((*_, activation),) = replaceable_mlps(again)
+    values = torch.linspace(-3, 3, 50)
+    assert torch.equal(activation(values), F.gelu(values))
+    calibrate(again, images(), refitting())
+    assert same_state(again, calibrated)
 
 
-def test_an_mlp_that_never_runs_keeps_its_weights(monkeypatch):
+def same_state(a, b):
+    states = a.state_dict(), b.state_dict()
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_calibration_that_goes_on_gives_the_same(calibrated):
+    class Kept(dict):
+        load = dict.get
+
+        def save(self, block, finished):
+            self[block] = finished
+
+    kept = Kept()
+    settings = refitting()
+    calibrate(swin(settings), images(), settings, states=kept)
+    for block in list(kept)[2:]:
+        del kept[block]
+    again = swin(settings)
+    calibrate(again, images(), settings, states=kept)
+    assert same_state(again, calibrated)
+
+
+def test_an_mlp_that_never_runs_stays_as_it_is():
     settings = refitting(on_unseen="float")
     model = swin(settings)
     block = model.stages[0].blocks[0]
-    block.ffn.forward = lambda x, identity=None: x
-    before = block.ffn.layers[1].weight.clone()
+    forward, block.ffn.forward = block.ffn.forward, lambda x, identity=None: x
     calibrate(model, images(), settings)
-    assert torch.equal(before, block.ffn.layers[1].weight)
+    block.ffn.forward, x = forward, torch.randn(6, 8)
+    with torch.no_grad():
+        assert torch.allclose(block.ffn(x), swin().stages[0].blocks[0].ffn(x), atol=1e-6)
 
 
 def test_which_mlps_are_known():
@@ -205,18 +273,22 @@ def test_which_mlps_are_known():
     unknown = [Other(8, 16), FFN(8, 16, num_fcs=3), TimmMlp(8, 16, use_conv=True)]
     unknown.append(TimmMlp(8, 16, norm_layer=nn.LayerNorm))
     for mlp in known:
-        (_, found), *_ = mlps_of(mlp)
+        found = MLPS.find(mlp)(mlp)
         x = torch.randn(5, 8)
         activation = getattr(found.holder, found.activation)
         want = x + found.second(activation(found.first(x))) if isinstance(mlp, FFN) else mlp(x)
         assert torch.equal(mlp(x), want)
-    assert not any(list(mlps_of(mlp)) for mlp in unknown)
+    assert [MLPS.find(mlp)(mlp) for mlp in unknown] == [None] * 4
 
 
-def test_other_activations_stay():
-    model = nn.ModuleList([FFN(8, 16, act_cfg=dict(type="ReLU")), FFN(8, 16, act_cfg=dict(type="GELU"))])
-    replace_activations(model)
-    assert [isinstance(ffn.layers[0][1], ReplacedActivation) for ffn in model] == [False, True]
+def test_other_activations_and_float_mlps_stay():
+    model = nn.ModuleList([FFN(8, 16, act_cfg=dict(type=kind)) for kind in ("ReLU", "GELU", "GELU")])
+    quantized = {layer for ffn in model[:2] for layer in ffn.modules()}
+    make_replaceable(refittable_mlps(model, quantized))
+    assert [isinstance(ffn.layers[0][1], ReplaceableActivation) for ffn in model] == [False, True, False]
+    settings = refitting(overrides=dict(mine=dict(pattern="*ffn*", float=True)))
+    with pytest.raises(BadInputError, match="no quantized MLP with a GELU"):
+        swin(settings)
 
 
 def test_bad_input_is_refused():
@@ -226,8 +298,21 @@ def test_bad_input_is_refused():
         recipe("minmax", mlp_refit=True)
     with pytest.raises(BadInputError, match=r"quant\.mlp_refit needs whole blocks.*windows is 2, not 0"):
         recipe("apq_fast", mlp_refit=True)
-    with pytest.raises(BadInputError, match=r"quant\.mlp_refit: the model has no MLP with a GELU.*FFN"):
+    with pytest.raises(BadInputError, match=r"quant\.mlp_refit: the model has no quantized MLP with a GELU.*FFN"):
         quantize_model(nn.Sequential(nn.Linear(3, 3)), refitting().policy)
+
+
+def test_an_mlp_in_no_block_is_refused():
+    model, settings = nn.Sequential(TimmMlp(4, 8)), refitting()  # whose layers are blocks of their own
+    quantize_model(model, settings.policy)
+    with pytest.raises(BadInputError, match=r"quant\.mlp_refit: 0 lie in no block"):
+        calibrate(model, [torch.randn(5, 4)], settings)
+
+
+def test_inference_mode_is_refused():
+    settings = refitting(importance="disturbed", search=dict(objective=dict(type="mse")))
+    with torch.inference_mode(), pytest.raises(CalibrationError, match="needs gradients"):
+        calibrate(swin(settings), images(), settings)
 
 
 def test_nan_is_refused(monkeypatch):

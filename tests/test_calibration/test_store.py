@@ -29,13 +29,21 @@ def test_beyond_its_memory_it_goes_to_disk_and_comes_back(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_room_is_what_memory_and_half_of_the_disk_have_left(monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000))
+def test_room_is_what_memory_and_half_of_the_disk_have_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**34))
     monkeypatch.setattr("apq_mmdet.calibration.store.get_world_size", lambda: 2)
-    with TensorStore(memory=1000) as store:
-        assert store.room == 1500  # the other process has a share, too
+    with TensorStore(tmp_path, memory=1000) as store:
+        assert store.room == 2**32 + 1000  # the other process has a share, too
         store.put("t", torch.zeros(100))
-        assert store.room == 1100
+        assert store.room == 2**32 + 600
+    with TensorStore(memory=1000) as store:
+        assert store.room == 2**31 + 1000  # of a folder that may be memory
+
+
+def test_a_folder_that_is_gone_has_no_room(tmp_path):
+    with TensorStore(tmp_path, memory=1000) as store:
+        store._folder.cleanup()
+        assert store.room == 1000
 
 
 def test_what_is_kept_is_a_copy():
