@@ -59,6 +59,15 @@ def refit_mlps(block: nn.Module, module: nn.Module, calls: UnitCalls, seed: int)
             observe_anew(operands, lambda: run_images(block, module, calls))
 
 
+def refit_operations(block: nn.Module) -> int:
+    """Those of the training of all MLPs of a block, however many images there are."""
+    total = 0
+    for _, mlp, _ in replaceable_mlps(block):
+        # forward and weight gradients; the second layer twice, with clipped inputs too, and with their gradients
+        total += 2 * mlp.first.weight.numel() + 6 * mlp.second.weight.numel()
+    return 2 * STEPS * BATCH * total
+
+
 def _record(module: nn.Module, mlp: Mlp, calls: UnitCalls, tokens: UnitCalls, seed: int) -> tuple[UnitCalls, float]:
     """A sample of the MLP's inputs and of what it gives with its GELU.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from apq_mmdet.calibration.compensation import CompensationConfig, is_compensated
+from apq_mmdet.calibration.mlp_refit import refit_operations
 from apq_mmdet.calibration.recipe import Recipe, SearchConfig
 from apq_mmdet.calibration.reconstruction import ReconstructionConfig, worth_reconstructing
 from apq_mmdet.calibration.sampling import sampled_units
@@ -96,6 +97,7 @@ def plan_block(name: str, block: nn.Module, calls: list[CountedCall], recipe: Re
     stages = [stage for stage in recipe.reconstruction if worth_reconstructing(block, stage)]
     fit_operations = 2 * len(stages) * sum(call.operations for call in judged_calls)  # the objective before and after
     fixed_operations += sum(_learning(judged_calls, stage) for stage in stages)
+    fixed_operations += refit_operations(block)
     if recipe.compensation is not None:
         sums, closed_forms = _compensation(layers, judged_calls, recipe.compensation)
         fit_operations, fixed_operations = fit_operations + sums, fixed_operations + closed_forms

@@ -309,6 +309,13 @@ def test_an_mlp_in_no_block_is_refused():
         calibrate(model, [torch.randn(5, 4)], settings)
 
 
+def test_operations_of_a_refit():
+    model = swin(refitting())
+    # forward and weight gradients; the second layer on clipped values too, and their gradients
+    assert mlp_refit.refit_operations(model) == 2 * 1000 * 512 * (8 * 32 * 2 + 32 * 8 * 6)
+    assert mlp_refit.refit_operations(swin()) == 0
+
+
 def test_inference_mode_is_refused():
     settings = refitting(importance="disturbed", search=dict(objective=dict(type="mse")))
     with torch.inference_mode(), pytest.raises(CalibrationError, match="needs gradients"):
