@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info
 from torch import Tensor
 
-from apq_mmdet.errors import BadInputError, CalibrationError
+from apq_mmdet.errors import BadInputError, CalibrationError, CheckpointError
 from apq_mmdet.quantizers import Quantizer
 
 Result = TypeVar("Result")
 
+REFUSALS = (BadInputError, CheckpointError)
 SHARD = 8  # neighbouring images, whose small calls share a tile; images are dealt to the processes by shards
 
 
@@ -72,19 +73,19 @@ def refused_together(check: Callable[[], Result], here: bool = True) -> Result |
     """Let some processes check something; what one of them refuses is refused by all, which would wait for it.
 
     Args:
-        check: may raise BadInputError.
+        check: may raise one of REFUSALS.
         here: whether this process does it.
 
     Returns:
         What ``check`` returns; None in processes that do nothing.
 
     Raises:
-        BadInputError: a process has raised it: its own, or else that of the first one.
+        BadInputError: a process has refused: its own error, or else what that of the first one said.
     """
     result, refusal = None, None
     try:
         result = check() if here else None
-    except BadInputError as error:
+    except REFUSALS as error:
         refusal = error
     refusals = [found for found in gather(None if refusal is None else str(refusal)) if found is not None]
     if refusals:
