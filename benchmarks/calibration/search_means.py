@@ -17,11 +17,12 @@ import torch
 from search_speed import ROUNDS, build_parser, capture, config, ours
 from torch import Tensor
 
-from apq_mmdet.calibration import scoring, units
+from apq_mmdet.calibration import scoring, search, units
 from apq_mmdet.calibration.search import Slot
 from apq_mmdet.calibration.tape import Replays
 from apq_mmdet.files import write_json
 from apq_mmdet.layers.base import QuantizedLayer
+from apq_mmdet.quantizers import QuantizerMode
 
 EVERYTHING = 2**62
 
@@ -34,11 +35,18 @@ def _whole_runs(
         yield self._module(*args, **kwargs)
 
 
+def _join_with_values(layer: QuantizedLayer) -> int:
+    changes = sum(quantizer.mode is QuantizerMode.FLOAT for quantizer in layer.quantizers.values())
+    for quantizer in layer.quantizers.values():
+        quantizer.mode = QuantizerMode.QUANTIZE
+    return changes
+
+
 # name -> context without it
 MEANS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "prefix": lambda: patch.object(Replays, "outputs", _whole_runs),
     "screening": lambda: patch.object(scoring, "_next_screen", lambda expected, masses: None),
-    "integer products": lambda: patch.object(QuantizedLayer, "may_take_codes", False),
+    "integer products": lambda: patch.object(search, "_join", _join_with_values),
     "tiles": lambda: patch.object(units, "TILE_ELEMENTS", EVERYTHING),
     "fixpoint": lambda: patch.object(Slot, "searched_at", property(lambda slot: -1, lambda slot, value: None)),
 }

@@ -1,5 +1,6 @@
 """The benchmarks of the search, on a small Swin block in place of a captured one."""
 
+import contextlib
 import json
 import sys
 from argparse import Namespace
@@ -79,9 +80,11 @@ def test_the_search_without_one_of_its_means_chooses_alike(captured, monkeypatch
     with search_means.MEANS["screening"]():
         assert scoring._next_screen(torch.ones(100), {0.1: 1.0}) is None
     assert scoring._next_screen(torch.tensor([1.0] + [9.0] * 99), {0.1: 1.0}) == 0.1
-    with search_means.MEANS["integer products"]():
-        assert not any(layer.may_take_codes for _, layer in quantized_layers(block))
-    assert any(layer.may_take_codes for _, layer in quantized_layers(block))
+    layer = block.ffn.layers[1]
+    for without, mode in ((contextlib.nullcontext, "CODES"), (search_means.MEANS["integer products"], "QUANTIZE")):
+        with without():
+            search._join(layer)
+        assert {quantizer.mode.name for quantizer in layer.quantizers.values()} == {mode}
     slot = search_means.Slot("layer", block, "weight")
     with search_means.MEANS["fixpoint"]():
         slot.searched_at = 7
