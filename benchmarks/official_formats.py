@@ -16,7 +16,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,10 +35,10 @@ OUT = Path(__file__).parent / "results" / "official_formats.json"
 Case = tuple[str, str, Tensor, Tensor]  # format, what is compared, values of ours, values of theirs
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in CASES:
+def parse_args(description: str, repositories: Iterable[str]) -> argparse.Namespace:
+    """Command line of a comparison with these repositories."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in repositories:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="checkout of that repository")
     return parser.parse_args()
 
@@ -166,7 +166,7 @@ def compared(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Compare what is given, print a line for each comparison, and keep them."""
-    args, result = parse_args(), json.loads(OUT.read_text()) if OUT.exists() else {}
+    args, result = parse_args(__doc__, CASES), json.loads(OUT.read_text()) if OUT.exists() else {}
     for name, cases in CASES.items():
         folder = getattr(args, name)
         if folder is None:

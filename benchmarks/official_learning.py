@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-from official_formats import BITS, Case, commit, compared, load
+from official_formats import BITS, Case, commit, compared, load, parse_args
 from torch import Tensor, nn
 
 from apq_mmdet.calibration.learned import GAMMA, ZETA, LearnedRounding, _LearnedStep, _rectified_sigmoid
@@ -34,14 +34,6 @@ OUT = Path(__file__).parent / "results" / "official_learning.json"
 STEPS = 1000  # of a training whose regulariser is compared
 DONE = (0.3, 0.6, 0.95)  # shares of it, behind the warm-up, in which neither has one
 STAND_INS = ("linklink", "utils", "utils.calibrator")  # the first asks for CUDA
-
-
-def parse_args() -> argparse.Namespace:
-    """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in CASES:
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="checkout of that repository")
-    return parser.parse_args()
 
 
 def official(folder: Path, path: str) -> ModuleType:
@@ -179,7 +171,7 @@ AT_ALL_BITS = ("brecq", "qdrop")  # losses know nothing of bits
 
 def main() -> None:
     """Compare what is given, print a line for each comparison, and keep them."""
-    args, result = parse_args(), json.loads(OUT.read_text()) if OUT.exists() else {}
+    args, result = parse_args(__doc__, CASES), json.loads(OUT.read_text()) if OUT.exists() else {}
     for name, cases in CASES.items():
         folder: Any = getattr(args, name)
         if folder is None:
