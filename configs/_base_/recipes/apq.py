@@ -1,6 +1,6 @@
-# APQ-ViT (Ding et al., ACM MM 2022, arXiv 2303.14341), a reconstruction, as no code was published: blockwise
-# calibration with bottom elimination, MPQ for softmax, the paper's granularity, exact search. What the paper leaves
-# open (criterion and share of the elimination, grids, rounds, a detector's gradient) is told in docs/method.md.
+# APQ-ViT (Ding et al., ACM MM 2022, arXiv 2303.14341), a reconstruction, because the paper's equations could not be
+# read verbatim: blockwise calibration with bottom elimination, MPQ for softmax, the paper's granularity, exact search.
+# What is reconstructed, and how, is told in docs/method.md.
 _base_ = "./minmax.py"
 
 quant = dict(

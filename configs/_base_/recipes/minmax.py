@@ -1,5 +1,5 @@
-# Plain min-max ranges in the number formats of `apq`. No paper of its own; what other recipes start from. As in the
-# published code of this field: weights and activations asymmetric, the extremes of all calibration images.
+# Plain min-max ranges in the number formats of `apq`: the extremes of all calibration images. No paper of its own; what
+# other recipes start from.
 quant = dict(
     recipe="minmax",
     w_bits=8,
