@@ -6,10 +6,11 @@ or not finite, is refused. There are two kinds of disturbance:
 
 * 'disturbed': the model quantized to its observed ranges; the importance is the gradient there.
 * 'perturbation': the float model with every weighed block output shifted by +e and by -e; the importance is
-  ``|g(+e) - g(-e)|``, a finite difference along e. This is a reconstruction of the importance of APHQ-ViT (Wu et al.,
-  CVPR 2025). Its official code shifts one block at a time, every element by the constant 1e-6, under the RPN's loss
-  alone. Here all blocks are shifted at once, so that two backward passes an image do however many blocks there are,
-  by random signs times a share of each output's standard deviation in the pass, which float32 does not round away.
+  ``|g(+e) - g(-e)|``, a finite difference along e, in units of its mean over a call, so that images weigh alike. This
+  is a reconstruction of the importance of APHQ-ViT (Wu et al., CVPR 2025). Its official code for detectors shifts one
+  block at a time, every element by the constant 1e-3, under the RPN's loss alone, of which both terms are divided by
+  themselves. Here all blocks are shifted at once, so that two backward passes an image do however many blocks there
+  are, by random signs times a share of each output's standard deviation, which float32 does not round away.
 """
 
 import re
@@ -150,10 +151,19 @@ def _disturbed(model: nn.Module, gradients: Callable[[Shift], ByCall], image: in
 
 
 def _perturbation(model: nn.Module, gradients: Callable[[Shift], ByCall], image: int) -> ByCall:
-    """``|g(+e) - g(-e)|`` around the float model."""
+    """``|g(+e) - g(-e)|`` around the float model, of mean 1 in each call."""
     with float_only(model):
         up, down = (gradients(_random_shift(image, sign)) for sign in (1, -1))
-    return {key: [(a - b).abs_() for a, b in zip(up[key], down[key], strict=True)] for key in up}
+    return {key: _of_mean_one([(a - b).abs_() for a, b in zip(up[key], down[key], strict=True)]) for key in up}
+
+
+def _of_mean_one(tensors: list[Tensor]) -> list[Tensor]:
+    """Non-negative tensors in units of the mean of all their elements; as they are where they are all zero."""
+    total = sum(t.sum(dtype=torch.float64) for t in tensors)
+    if not total:
+        return tensors
+    mean = total / sum(t.numel() for t in tensors)
+    return [t.div_(mean.to(t.dtype)) for t in tensors]
 
 
 def _random_shift(seed: int, sign: int) -> Shift:

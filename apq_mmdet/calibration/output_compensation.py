@@ -2,8 +2,8 @@
 
 QwT (Fu et al., CVPR 2025, arXiv 2411.13918): ``W, b = argmin sum |y - y_q - W x_q - b|^2`` over all tokens. With
 ``block_input='quantized'`` x_q is what the blocks before, already compensated, give, and y what the float model has at
-that place, so a block also makes up for what was lost before it. The official code takes the float block's output on
-x_q for y, and has no ridge.
+that place, so a block also makes up for what was lost before it. The paper takes the float block's output on x_q
+for y, and has no ridge.
 """
 
 from collections.abc import Iterator

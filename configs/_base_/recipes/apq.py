@@ -1,6 +1,7 @@
 # APQ-ViT (Ding et al., ACM MM 2022, arXiv 2303.14341), a reconstruction, because the paper's equations could not be
 # read verbatim: blockwise calibration with bottom elimination, MPQ for softmax, the paper's granularity, exact search.
-# What is reconstructed, and how, is told in docs/method.md.
+# The patch embedding's input has 8 bits (the paper's is taken to be float). What is reconstructed, and how, is told in
+# docs/method.md.
 _base_ = "./minmax.py"
 
 quant = dict(

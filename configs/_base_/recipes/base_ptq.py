@@ -1,8 +1,9 @@
 # Base PTQ, the baseline of PTQ4ViT (Yuan et al., ECCV 2022). As in the official code: symmetric codes, query, key and
 # value of a fused qkv apart, attention operands per head, range factors 0.5 to 1.2 of the maximum, cosine at the
 # layer's output, one round, weight before input. Different here: one factor for all heads, and for the weights of
-# query, key and value (theirs one each), factor 1 is max / (2^(k-1) - 1) (theirs max / (2^(k-1) - 0.5)), convolutions
-# per channel, patch embedding's input with 8 bits (theirs float).
+# query, key and value (theirs one each); one cosine for a product of attention in a window, all heads together (theirs
+# one for each row); factor 1 is max / (2^(k-1) - 1) (theirs max / (2^(k-1) - 0.5)); convolutions per channel; patch
+# embedding's input with 8 bits (theirs float).
 _base_ = "./minmax.py"
 
 quant = dict(

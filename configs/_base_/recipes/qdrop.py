@@ -1,9 +1,10 @@
 # QDrop (Wei et al., ICLR 2022): rounding and step sizes learned together while half of each activation's elements
 # stay float. As in the official code: asymmetric codes, weights per channel, plain squared error of the block's
 # output, drop probability 0.5, inputs from the quantized blocks before. Different here: the block's input is wholly
-# that (theirs is mixed with the float one); ranges of weights share one factor over their output channels (theirs
-# have one each); attention operands have a range per head (the paper has no transformers); 300 steps of 16 units
-# (theirs: 20000 of 32 images) and learning rates to match, so that a demo detector takes minutes.
+# that (theirs is mixed with the float one); ranges are searched by squared error at the layer's output, one round of
+# 20 factors, one factor for all output channels of a weight (theirs by the power 2.4 of the tensor's own error, scale
+# and zero point, one for each channel); attention operands have a range per head (the paper has no transformers); 300
+# steps of 16 units (theirs: 20000 of 32 images) and learning rates to match, so that a demo detector takes minutes.
 _base_ = "./minmax.py"
 
 quant = dict(
