@@ -96,11 +96,14 @@ def chosen_specs(args: argparse.Namespace) -> list[Spec]:
     """The runs that the command line asks for.
 
     Raises:
-        BadInputError: unknown recipe, or options beside ablations, which have their own.
+        BadInputError: unknown recipe, or what chooses runs of the grid beside ablations, which are what they are.
     """
-    if args.ablations and args.cfg_options:
-        raise BadInputError("--cfg-options changes the runs of the grid, and --ablations has changes of its own")
     if args.ablations:
+        names = ("recipes", "best", "bits", "detectors", "grounds", "scopes")
+        given = [f"--{name}" for name in names if vars(args)[name] is not None]
+        given += ["--num-calib"] * (args.num_calib != NUM_CALIB) + ["--cfg-options"] * bool(args.cfg_options)
+        if given:
+            raise BadInputError(f"{', '.join(given)}: for runs of the grid, and --ablations has runs of its own")
         return [replace(spec, num_val=args.max_val) for spec in ablation_specs()]
     recipes = args.recipes or known_recipes()
     for recipe in recipes:

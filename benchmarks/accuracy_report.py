@@ -298,7 +298,8 @@ def how_it_was_made(rows: Sequence[Row]) -> str:
     if len(machines) > 1:
         lines += [
             "* Machines differ in speed, and most ran other work beside: seconds are upper bounds, and those of two",
-            "  lines can be compared only roughly.",
+            "  lines can be compared only roughly. Processors round differently, too: where the seeds of a cell ran on",
+            "  more than one, its ± holds both.",
         ]
     return "\n".join(lines)
 

@@ -132,25 +132,25 @@ def test_parts(name):
     assert PARTS[name](recipe(name))
 
 
-FORMATS = {  # of the attention maps, and of the input behind the GELU
-    "minmax": ("matthew, asymmetric", "affine, asymmetric"),
-    "apq": ("matthew, asymmetric", "affine, asymmetric"),
-    "apq_fast": ("matthew, asymmetric", "affine, asymmetric"),
-    "apq_pc": ("affine, asymmetric", "affine, asymmetric"),
-    "apq_pc_fast": ("affine, asymmetric", "affine, asymmetric"),
-    "percentile": ("affine, asymmetric", "affine, asymmetric"),
-    "base_ptq": ("affine, symmetric", "affine, symmetric"),
-    "ptq4vit": ("twin_softmax, asymmetric", "twin_gelu, asymmetric"),
-    "repq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
-    "adalog": ("adaptive_log, asymmetric", "affine, asymmetric"),
-    "isvit": ("shift_log2, asymmetric", "affine, asymmetric"),
-    "apq_plus": ("row_affine, asymmetric", "affine, asymmetric"),
-    "erq": ("log_sqrt2, asymmetric", "affine, asymmetric"),
-    "qdrop": ("affine, asymmetric", "affine, asymmetric"),
-    "brecq": ("affine, asymmetric", "affine, asymmetric"),
-    "aphq": ("affine, asymmetric", "affine, asymmetric"),
-    "fimaq": ("affine, asymmetric", "affine, asymmetric"),
-    "qwt": ("log_sqrt2, asymmetric", "affine, asymmetric"),
+FORMATS = {  # of the attention maps, of the input behind the GELU, and of weights, other inputs and keys
+    "minmax": ("matthew, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "apq": ("matthew, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "apq_fast": ("matthew, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "apq_pc": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "apq_pc_fast": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "percentile": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "base_ptq": ("affine, symmetric", "affine, symmetric", "affine, symmetric"),
+    "ptq4vit": ("twin_softmax, asymmetric", "twin_gelu, asymmetric", "affine, symmetric"),
+    "repq": ("log_sqrt2, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "adalog": ("adaptive_log, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "isvit": ("shift_log2, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "apq_plus": ("row_affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "erq": ("log_sqrt2, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "qdrop": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "brecq": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "aphq": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "fimaq": ("affine, asymmetric", "affine, asymmetric", "affine, asymmetric"),
+    "qwt": ("log_sqrt2, asymmetric", "affine, asymmetric", "affine, asymmetric"),
 }
 
 
@@ -158,10 +158,9 @@ FORMATS = {  # of the attention maps, and of the input behind the GELU
 def test_formats(name):
     rows = {(row.layer.split("blocks.0.")[-1], row.role): row for row in quantized(recipe(name)).quantization_table}
     attention, gelu = rows["attn.w_msa.attention_value", "attention"], rows["ffn.layers.1", "input"]
-    assert (attention.format, gelu.format) == FORMATS[name]
-    symmetric = name in ("base_ptq", "ptq4vit")
-    for key in (("attn.w_msa.qkv", "weight"), ("attn.w_msa.proj", "input"), ("attn.w_msa.query_key", "key")):
-        assert rows[key].format == f"affine, {'symmetric' if symmetric else 'asymmetric'}"
+    others = (("attn.w_msa.qkv", "weight"), ("attn.w_msa.proj", "input"), ("attn.w_msa.query_key", "key"))
+    assert (attention.format, gelu.format) == FORMATS[name][:2]
+    assert {rows[key].format for key in others} == {FORMATS[name][2]}
 
 
 def test_an_ablation_of_few_levels_reaches_all_linears():

@@ -118,8 +118,24 @@ def test_unknown_recipe_is_refused_with_the_near_one(capsys):
     assert "unknown value 'minmx'; did you mean 'minmax'?" in capsys.readouterr().err
     assert accuracy.main(["--recipes", "minmax", "--best", "apq", "--dry-run"]) == 2
     assert "--best: unknown value 'apq'" in capsys.readouterr().err
-    assert accuracy.main(["--ablations", "--cfg-options", "a=1", "--dry-run"]) == 2
-    assert "--cfg-options changes the runs of the grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--recipes", "repq"],
+        ["--best"],
+        ["--bits", "W2A4"],
+        ["--detectors", "mask-rcnn"],
+        ["--grounds", "plain"],
+        ["--scopes", "backbone"],
+        ["--num-calib", "16"],
+        ["--cfg-options", "a=1"],
+    ],
+)
+def test_ablations_refuse_what_chooses_runs_of_the_grid(words, capsys):
+    assert accuracy.main(["--ablations", *words, "--dry-run"]) == 2
+    assert f"{words[0]}: for runs of the grid" in capsys.readouterr().err
 
 
 def test_options_are_those_of_every_run():
