@@ -32,7 +32,7 @@ from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.transforms import equalize, rescalings_of
 from apq_mmdet.calibration.units import UnitCalls, to_units, unit_module
 from apq_mmdet.errors import BadInputError, CalibrationError, listed
-from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of
+from apq_mmdet.layers.base import float_only, quantized_layers, quantizers_of, refuse_half_precision
 from apq_mmdet.layers.convert import leave_float
 from apq_mmdet.layers.integer import float32_precision
 from apq_mmdet.layers.mlp_refit import replaceable_mlps
@@ -134,13 +134,10 @@ def check_model(model: nn.Module, recipe: Recipe) -> None:
 def _check_weights(model: nn.Module) -> None:
     if getattr(model, "weights_changed_by_calibration", False):
         raise BadInputError(
-            "an earlier calibration of this model, finished or broken off, has changed its weights: build the model "
-            "and load its float weights again"
+            "an earlier calibration of this model, finished, broken off, or of the quantized checkpoint that it has "
+            "loaded, has changed its weights: build the model and load its float weights again"
         )
-    for name, layer in quantized_layers(model):
-        weight = next(layer.parameters(recurse=False), None)
-        if weight is not None and weight.dtype in (torch.float16, torch.bfloat16):
-            raise BadInputError(f"layer {name!r} has weights of {weight.dtype}: calibrate in float32 (model.float())")
+    refuse_half_precision(quantized_layers(model))
 
 
 def _check_grids(model: nn.Module, search: SearchConfig | None) -> None:

@@ -35,17 +35,23 @@ class Rescaling(ABC):
         layer: the linear layer at which the activation is seen, [..., channels], or convolution, [B, channels, H, W].
         side: 'input' or 'output' of that layer.
         operands: (layer, role) of everything that is rescaled and may be quantized.
-
-    Attributes:
-        norm_parameters: gamma and beta where a norm is rescaled.
+        norm: what stands before the layer and is rescaled too, if anything.
     """
 
-    norm_parameters: tuple[nn.Parameter, ...] = ()
-
     def __init__(
-        self, name: str, layer: nn.Linear | nn.Conv2d, side: str, operands: Sequence[tuple[nn.Module, str]]
+        self,
+        name: str,
+        layer: nn.Linear | nn.Conv2d,
+        side: str,
+        operands: Sequence[tuple[nn.Module, str]],
+        norm: nn.LayerNorm | None = None,
     ) -> None:
-        self.name, self.layer, self.side, self.operands = name, layer, side, tuple(operands)
+        self.name, self.layer, self.side, self.operands, self.norm = name, layer, side, tuple(operands), norm
+
+    def parameters(self) -> set[nn.Parameter]:
+        """Those of all modules that ``divide`` may change."""
+        modules = (self.norm, *(layer for layer, _ in self.operands))
+        return {p for module in modules if module is not None for p in module.parameters(recurse=False)}
 
     @abstractmethod
     def divide(self, c: Tensor) -> None:
@@ -65,9 +71,7 @@ class NormRescaling(Rescaling):
     """Output of a LayerNorm, input of the one linear layer behind it: gamma / c, beta / c, W[:, j] c_j."""
 
     def __init__(self, name: str, norm: nn.LayerNorm, linear: nn.Linear) -> None:
-        super().__init__(name, linear, "input", [(linear, "input"), (linear, "weight")])
-        self.norm = norm
-        self.norm_parameters = tuple(norm.parameters(recurse=False))
+        super().__init__(name, linear, "input", [(linear, "input"), (linear, "weight")], norm)
 
     def divide(self, c: Tensor) -> None:
         """See the base class."""
@@ -243,12 +247,12 @@ def equalize(
         calls: float inputs on this process' images; at least one process has a call. Observed ranges are afterwards
             those on these calls, so samples give the ranges of samples.
         strength: 0 changes nothing, 1 makes all channels even.
-        shared: parameters that are used elsewhere too; norms with such stay as they are.
+        shared: parameters that are used elsewhere too; what would change such stays as it is.
 
     Returns:
         The factors c of each rescaling by its name, float64 [channels]; without those of layers that do not run here.
     """
-    places = [place for place in rescalings_of(block) if shared.isdisjoint(place.norm_parameters)]
+    places = [place for place in rescalings_of(block) if shared.isdisjoint(place.parameters())]
     if not places:
         return {}
 

@@ -281,7 +281,8 @@ def _energies(call: UnitCall) -> list[float]:
     Calls whose units cannot be judged apart are looked at whole or not at all.
     """
     alike = torch.ones(len(call.targets), dtype=torch.float64)
-    sums = (alike if call.grads is None else call.grads.square().sum(1, dtype=torch.float64)).cumsum(0)
+    energies = alike if call.grads is None else call.grads.square().sum(1, dtype=torch.float64)
+    sums = energies.cpu().cumsum(0)  # which has no deterministic form on a GPU
     last = [math.ceil(share * len(sums)) - 1 if call.separable else -1 for share in (*SCREENS, 1.0)]
     return sums[last].tolist()
 

@@ -11,7 +11,9 @@ import mmengine.device.utils
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
+from torch import nn
 
 from apq_mmdet.engine.block_states import DESCRIPTION
 from apq_mmdet.engine.checkpoint import CHECKPOINT
@@ -240,6 +242,13 @@ class _Runner(Runner):
 
     def dump_config(self) -> None:
         """Nothing: the log holds the config of runs that come to nothing."""
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Of several processes on a CPU, too, without SyncBN, which torch's wrapper takes on GPUs only.
+
+        In evaluation it is what BN is.
+        """
+        return super().wrap_model(model_wrapper_cfg, revert_sync_batchnorm(model) if get_device() == "cpu" else model)
 
 
 def build_runner(cfg: Config) -> Runner:

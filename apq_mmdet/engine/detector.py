@@ -16,7 +16,6 @@ from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import map_values, plain, write_atomic
 from apq_mmdet.layers import quantize_model
 from apq_mmdet.models.distillation import detection_task
-from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
 
 
 def quantize_detector(
@@ -38,7 +37,7 @@ def quantize_detector(
     Raises:
         BadInputError: the model has no config, one that no file can hold, or is quantized already; no images or none
             of that form; unknown recipe or setting; heads that no task runs in scope 'detector'. No layer is quantized
-            then, unless a grid of the recipe holds no range factor that a format allows.
+            then, unless a grid of the recipe holds no range factor that a format allows, or blocks share a layer.
         CalibrationError: a quantizer that saw no data, a zero or non-finite gradient; the model is of no use then.
     """
     if not hasattr(model, "cfg"):
@@ -56,7 +55,6 @@ def quantize_detector(
     standalone_config(cfg, [])  # whatever cannot be written is told now
     parsed = Recipe.from_dict(cfg.model.quant)
     task = detection_task(model, parsed.policy.scope)
-    disable_activation_checkpointing(model)
     quantize_model(model, parsed.policy)
     report = calibrate(model, images, parsed, task, seed=seed)
     model.cfg = standalone_config(cfg, report.left_float)

@@ -24,6 +24,7 @@ from apq_mmdet.layers.state import is_added
 from apq_mmdet.quantizers.packing import packed_size
 
 TRANSFORM = 3  # runs of the blocks that find what makes channels even, and the ranges of what was made even
+REFIT = 2  # of what MLPs get and give, and of the ranges of what they have become
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Plan:
     def passes(self) -> dict[str, int]:
         """Float forwards that one image takes beside the search and what follows it, by what they are for."""
         recipe, found = self.recipe, {"float pass": 1}
+        if recipe.policy.mlp_refit:
+            found["refitted MLPs"] = REFIT
         if recipe.equalize:
             found["even channels"] = TRANSFORM
         if self.centered:

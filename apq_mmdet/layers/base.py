@@ -1,13 +1,14 @@
 """What every quantized layer shares: roles, quantizers by role, and the swap from float."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from apq_mmdet.errors import BadInputError
 from apq_mmdet.layers.integer import exact_in_codes
 from apq_mmdet.quantizers import Quantizer, QuantizerMode, quantizer_mode
 
@@ -154,6 +155,21 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and hasattr(module, "quantizers"):
             yield name, module
+
+
+def refuse_half_precision(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Calibration needs float32.
+
+    Args:
+        layers: (name, layer) of those that are to be calibrated.
+
+    Raises:
+        BadInputError: a layer's weights are of half precision.
+    """
+    for name, layer in layers:
+        weight = next(layer.parameters(recurse=False), None)
+        if weight is not None and weight.dtype in (torch.float16, torch.bfloat16):
+            raise BadInputError(f"layer {name!r} has weights of {weight.dtype}: calibrate in float32 (model.float())")
 
 
 def quantizers_of(model: nn.Module) -> list[Quantizer]:

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from apq_mmdet.errors import BadInputError
-from apq_mmdet.layers.base import LAYERS, quantized_layers, to_quantized
+from apq_mmdet.layers.activation_checkpointing import disable_activation_checkpointing
+from apq_mmdet.layers.base import LAYERS, quantized_layers, refuse_half_precision, to_quantized
 from apq_mmdet.layers.matmul import Product
-from apq_mmdet.layers.mlp_refit import make_replaceable, refittable_mlps
+from apq_mmdet.layers.mlp_refit import make_replaceable, refittable_mlps, replaceable_mlps
 from apq_mmdet.layers.output_compensation import install_output_compensation
 from apq_mmdet.layers.state import install_state_hooks
 from apq_mmdet.policy import Policy, QuantizerSpec
@@ -123,8 +124,9 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
 
     Raises:
         BadInputError: the model is quantized already, an override matches no layer, a granularity does not fit, no
-            block can be compensated, no MLP can be refitted, or layers share a weight. No layer is quantized then;
-            attention may have got modules of its own for projections and products, the same function up to rounding.
+            block can be compensated, no MLP can be refitted, layers share a weight, or weights are of half precision.
+            No layer is quantized then; attention may have got modules of its own for projections and products, the
+            same function up to rounding.
     """
     if next(quantized_layers(model), None) is not None:
         raise BadInputError(f"{type(model).__name__} holds quantized layers already: start from a float model")
@@ -134,6 +136,8 @@ def quantize_model(model: nn.Module, policy: Policy) -> list[LayerRow]:
             ATTENTION[type(module)](module)
     planned = _plan(model, part, policy)
     mlps = refittable_mlps(part, _to_quantize(planned)) if policy.mlp_refit else []
+    _refuse_shared_parameters(model, planned, {layer for mlp in mlps for layer in (mlp.first, mlp.second)})
+    disable_activation_checkpointing(model)
     if policy.output_compensation:
         install_output_compensation(part)
     make_replaceable(mlps)
@@ -175,7 +179,7 @@ def _plan(model: nn.Module, part: nn.Module, policy: Policy) -> dict[str, _Plann
     classes = {name: LAYERS[type(layer)] for name, layer in layers.items()}
     policy.check_overrides([(name, cls.kind, cls.roles) for name, cls in classes.items()])
     planned = {name: _plan_layer(name, layer, policy) for name, layer in layers.items()}
-    _refuse_shared_parameters(model, planned)
+    refuse_half_precision((name, plan.layer) for name, plan in planned.items() if plan.quantizers)
     if not any(plan.quantizers for plan in planned.values()):
         raise BadInputError(f"scope {policy.scope!r} holds no layer that can be quantized")
     return planned
@@ -199,12 +203,14 @@ def _follow_devices(model: nn.Module) -> torch.device:
     return beginning
 
 
-def _refuse_shared_parameters(model: nn.Module, planned: dict[str, _PlannedLayer]) -> None:
+def _refuse_shared_parameters(model: nn.Module, planned: dict[str, _PlannedLayer], refitted: set[nn.Module]) -> None:
     """One weight of two modules can neither take up factors of one's input nor become codes of both.
 
-    Nor can one bias make up for the errors of both.
+    Nor can one bias make up for the errors of both, nor one MLP's refit be another's.
     """
-    changed = {name for name, plan in planned.items() if plan.divided or "weight" in plan.quantizers}
+    changed = {
+        name for name, plan in planned.items() if plan.divided or "weight" in plan.quantizers or plan.layer in refitted
+    }
     users: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
@@ -242,6 +248,9 @@ def leave_float(model: nn.Module, names: list[str]) -> None:
     for name in names:
         model.get_submodule(name).quantizers.clear()
         model.get_submodule(name).input_factors = model.get_submodule(name).input_centers = None
+    for _, mlp, activation in replaceable_mlps(model):
+        if not (mlp.first.quantizers and mlp.second.quantizers):  # there is nothing that a refit could help
+            setattr(mlp.holder, mlp.activation, activation.original)
     table = getattr(model, "quantization_table", [])
     table[:] = [
         replace(row, bits=None, format="float32", granularity="-", groups=0, reason="no calibration data reached it")

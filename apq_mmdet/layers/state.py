@@ -122,6 +122,7 @@ def _before_load(
             module.split_projections(state, f"{prefix}{name}." if name else prefix)
     _unpack_weights(model, state, prefix)
     _refuse_incomplete(own, state, prefix)
+    model.weights_changed_by_calibration = True
 
 
 def _is_quantized(key: str) -> bool:

@@ -9,7 +9,6 @@ from mmengine.utils import get_object_from_string
 
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.layers import LayerRow, quantize_model
-from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
 from apq_mmdet.registry import MODELS
 
 
@@ -30,7 +29,6 @@ class QuantizedDetector:
 
     def __init__(self, *args: Any, quant: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        disable_activation_checkpointing(self)
         self.recipe = Recipe.from_dict(quant)
         quantize_model(self, self.recipe.policy)
 

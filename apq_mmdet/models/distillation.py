@@ -55,8 +55,14 @@ def detection_task(model: nn.Module, scope: str = "backbone") -> CalibrationTask
     """The task that fits a detector; samples are outputs of a test pipeline (dicts of inputs and data_samples).
 
     Raises:
-        BadInputError: scope 'detector', and no task runs the heads of such a detector.
+        BadInputError: scope 'detector', and no task runs the heads of such a detector; or scope 'backbone', and it has
+            none of its own.
     """
+    if scope == "backbone" and not hasattr(model, "backbone"):
+        raise BadInputError(
+            f"scope 'backbone': a {type(model).__name__} has no backbone of its own; quantize the detector inside of "
+            f"it (of a semi-supervised one its teacher or its student), with that detector's config and weights"
+        )
     # exact: subclasses may predict other things
     if isinstance(model, TwoStageDetector) and _has_plain_heads(model):
         return TwoStageTask()

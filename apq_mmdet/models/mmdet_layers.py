@@ -15,7 +15,7 @@ from mmdet.models.necks import FPN
 from mmdet.models.necks.dyhead import DyHeadBlock
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from torch import Tensor, nn
+from torch import Tensor
 
 from apq_mmdet.calibration.blocks import BlockCall, register_block
 from apq_mmdet.calibration.recipe import SearchConfig
@@ -129,21 +129,3 @@ TRAINING_ONLY[DDQDETRHead] = lambda head: [
     head.aux_cls_branches,
     head.aux_reg_branches,
 ]
-
-
-CHECKPOINTING = ("with_cp", "use_checkpoint", "use_act_checkpoint", "grad_checkpointing")
-
-
-def disable_activation_checkpointing(model: nn.Module) -> None:
-    """Switch off what saves memory in training only, because autograd cannot look inside for gradients.
-
-    Its switches are known by name; ``num_cp`` of transformer encoders has put fairscale's forward in the place of their
-    layers' own.
-    """
-    for module in model.modules():
-        for name in CHECKPOINTING:
-            if getattr(module, name, False) is True:
-                setattr(module, name, False)
-        patched = getattr(vars(module).get("forward"), "func", None)
-        if getattr(patched, "__name__", "") == "_checkpointed_forward":
-            del module.forward

@@ -6,7 +6,6 @@ from mmdet.models.backbones import SwinTransformer
 
 from apq_mmdet.calibration.recipe import Recipe
 from apq_mmdet.layers import quantize_model
-from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
 from apq_mmdet.registry import MODELS
 
 
@@ -21,6 +20,5 @@ class QuantizedSwinTransformer(SwinTransformer):
 
     def __init__(self, *args: Any, quant: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        disable_activation_checkpointing(self)
         self.recipe = Recipe.from_dict(quant)
         quantize_model(self, self.recipe.policy)

@@ -15,7 +15,8 @@ class Fused:
 
     On a GPU each operator of a formula is a pass over its memory. On a CPU the operands of a search stay in the cache,
     and compiling would take longer than it spares. A compiler that is missing or fails is warned of once, and then
-    the function runs as written.
+    the function runs as written. So does it, beside what is compiled, for operands that are laid out unlike the first
+    few kinds (torch's limit of recompilations, eight by default).
 
     Args:
         function: what to compute; no side effects.
@@ -34,7 +35,7 @@ class Fused:
             return self.function(x, *others)
         try:
             if self._compiled is None:
-                self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True, options=SAME_BITS)
+                self._compiled = torch.compile(self.function, dynamic=True, options=SAME_BITS)
             return self._compiled(x, *others)
         except torch.cuda.OutOfMemoryError:  # of which the plain form takes more
             raise

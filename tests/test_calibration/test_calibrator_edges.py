@@ -1,5 +1,6 @@
 """Calibrations that are broken off, and inputs that are unusual."""
 
+import copy
 from collections import OrderedDict
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from apq_mmdet.calibration import CalibrationTask, FeatureTask, calibrate
 from apq_mmdet.calibration.blocks import BLOCK_CLASSES, partition
 from apq_mmdet.errors import BadInputError, CalibrationError, UncalibratedError
-from apq_mmdet.layers import quantize_model, quantizers_of
+from apq_mmdet.layers import packed_state_dict, quantize_model, quantizers_of
 
 IMAGES = [torch.randn(1, 3, 57, 41), torch.randn(1, 3, 33, 64)]
 
@@ -187,6 +188,31 @@ def test_training_mode_and_gradients_are_restored_where_it_is_broken_off():
 def test_weights_of_half_precision_are_refused(dtype):
     with pytest.raises(BadInputError, match=rf"layer '0' has weights of {dtype}: calibrate in float32"):
         calibrated(nn.Sequential(nn.Linear(4, 4)).to(dtype), "minmax", [torch.randn(9, 4).to(dtype)])
+    model, settings = nn.Sequential(nn.Linear(4, 4)), recipe("minmax")
+    quantize_model(model, settings.policy)
+    with pytest.raises(BadInputError, match=rf"layer '0' has weights of {dtype}: calibrate in float32"):
+        calibrate(model.to(dtype), [torch.randn(9, 4).to(dtype)], settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_half_precision_is_left_as_it_is(dtype):
+    model, settings = nn.Sequential(nn.Linear(4, 4)).to(dtype), recipe("minmax")
+    with pytest.raises(BadInputError, match=r"calibrate in float32 \(model\.float\(\)\)"):
+        quantize_model(model, settings.policy)
+    quantize_model(model.float(), settings.policy)  # as the message says
+
+
+def test_a_quantized_checkpoint_has_no_float_weights_to_calibrate():
+    settings, images = recipe("minmax"), [torch.randn(9, 4)]
+    model = nn.Sequential(nn.Linear(4, 4))
+    floats = copy.deepcopy(model.state_dict())
+    quantize_model(model, settings.policy)
+    calibrate(model, images, settings)
+    model.load_state_dict(packed_state_dict(model))
+    with pytest.raises(BadInputError, match="of the quantized checkpoint that it has loaded"):
+        calibrate(model, images, settings)
+    model.load_state_dict(floats)
+    calibrate(model, images, settings)
 
 
 class Outer(nn.Module):

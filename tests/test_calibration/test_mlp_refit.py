@@ -262,6 +262,20 @@ def test_an_mlp_that_never_runs_stays_as_it_is():
     block.ffn.forward, x = forward, torch.randn(6, 8)
     with torch.no_grad():
         assert torch.allclose(block.ffn(x), swin().stages[0].blocks[0].ffn(x), atol=1e-6)
+    # the config of what was saved leaves the MLP float, and has no place for a ReLU then
+    assert isinstance(block.ffn.layers[0][1], nn.GELU)
+    kept = dict(pattern="*ffn*", float=True)
+    other = swin(recipe("aphq", overrides=dict(mine=kept)))
+    other.load_state_dict(packed_state_dict(model))
+
+
+def test_a_shared_layer_is_not_refitted_even_if_its_weight_stays_float():
+    torch.manual_seed(0)
+    model, settings = build_swin(), refitting(overrides=dict(mine=dict(pattern="*ffn*", weight=None)))
+    first, second = model.stages[0].blocks
+    second.ffn.layers[1].weight = first.ffn.layers[1].weight
+    with pytest.raises(BadInputError, match=r"blocks\.0\.ffn\.layers\.1' and .* share one weight"):
+        quantize_model(model, settings.policy)
 
 
 def test_which_mlps_are_known():

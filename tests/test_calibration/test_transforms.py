@@ -143,5 +143,34 @@ def test_a_norm_that_has_other_users_stays_as_it_is(share):
     assert sum(changed) >= 2  # the other norms of blocks
 
 
+def share_behind_a_norm(first, second):
+    second.ffn.layers[0][0].weight = first.ffn.layers[0][0].weight
+    return r"re:.*ffn\.layers\.0\.0"
+
+
+def share_qkv(first, second):
+    second.attn.w_msa.qkv = first.attn.w_msa.qkv
+    return "*qkv"
+
+
+def share_projection(first, second):
+    second.attn.w_msa.proj.weight = first.attn.w_msa.proj.weight
+    return "*proj"
+
+
+@pytest.mark.parametrize("share", [share_behind_a_norm, share_qkv, share_projection])
+def test_a_float_layer_that_has_other_users_stays_as_it_is(share):
+    """Of two blocks each would multiply it by factors of its own."""
+    model, x = build_swin(), torch.randn(1, 3, 40, 40)
+    overrides = dict(shared=dict(pattern=share(*model.stages[0].blocks), float=True))
+    before = copy.deepcopy(model)
+    settings = recipe("repq", overrides=overrides)
+    quantize_model(model, settings.policy)
+    calibrate(model, [x], settings)
+    with torch.no_grad(), float_only(model):
+        for got, want in zip(model(x), before(x), strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def norms(swin):
     return [norm for block in swin.stages[0].blocks for norm in (block.norm1, block.norm2)]

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import mmdet
 import pytest
 import torch
-from helpers import CHECKPOINT, ROOT
+from helpers import CHECKPOINT, ROOT, in_processes, process_group
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from quick_command import QUICK, quantize
@@ -272,6 +272,24 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bytes_and_ap(con
     assert (together / "quantized.pth").read_bytes() == (alone / "quantized.pth").read_bytes()
     metrics = [json.loads((folder / "report.json").read_text())["metrics"] for folder in (alone, together)]
     assert metrics[0]["quantized"] == metrics[1]["quantized"]
+
+
+def wrap(rank, processes, port, file):
+    """What a Runner of several processes on a CPU makes of a model with SyncBN: its modules' classes."""
+    with process_group(rank, processes, port):
+        os.environ["LOCAL_RANK"] = str(rank)
+        runner = object.__new__(command._Runner)
+        runner._distributed, runner.cfg = True, Config()
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.SyncBatchNorm(3)).eval()
+        wrapped = runner.wrap_model(dict(type="MMDistributedDataParallel", device_ids=None), model)
+        wrapped.module(torch.ones(1, 3, 2, 2))
+        torch.save([type(module).__name__ for module in wrapped.module], file)
+
+
+def test_several_processes_on_a_cpu_take_a_model_with_syncbn(tmp_path, free_port):
+    """Such as those of Cascade configs, which torch's wrapper refuses there."""
+    in_processes(wrap, 1, free_port, str(tmp_path / "classes"))
+    assert torch.load(tmp_path / "classes") == ["Conv2d", "_BatchNormXd"]
 
 
 @pytest.mark.parametrize("launcher", ["mpi", "slurm"])

@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from mmdet.apis import inference_detector
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -99,6 +100,16 @@ def test_a_detector_that_was_shown_an_array_is_saved_as_one_that_reads_files(
         save_detector(model, tmp_path)
     assert Config.fromfile(tmp_path / "config.py").test_dataloader.dataset.pipeline == steps
     assert saved.call_args.args[2] == {"dataset_meta": model.dataset_meta}  # with tuples, which mmengine draws with
+
+
+def test_a_detector_around_another_one_is_refused_in_scope_backbone(model, handed):
+    """Of a semi-supervised one all would be taken for the backbone."""
+    model.teacher = torch.nn.ModuleDict(dict(backbone=model.backbone))
+    del model.backbone
+    with pytest.raises(BadInputError, match=r"a FCOS has no backbone of its own; quantize the detector inside of it"):
+        quantize_detector(model, IMAGES, "minmax")
+    assert not handed
+    assert not list(quantized_layers(model))
 
 
 def test_heads_that_no_task_runs_are_refused_in_scope_detector(model, handed):

@@ -128,6 +128,8 @@ def test_time_and_memory(swin_images):
     assert sum(plan_of(build_swin(), anew, swin_images).passes.values()) == 4 + 1
     more = recipe("apq", importance="perturbation", equalize=1.0, search=dict(rounds=1, grids=short_grids(4)))
     assert plan_of(build_swin(), more, swin_images).passes == {"float pass": 1, "even channels": 3, "gradients": 6}
+    refitted = recipe("aphq", mlp_refit=True, reconstruction=None)
+    assert plan_of(build_swin(), refitted, swin_images).passes["refitted MLPs"] == 2
     tokens = dict(tokens=dict(kind="Linear", input=dict(format="token_affine")))
     centered = recipe("apq", overrides=tokens, search=dict(rounds=1, grids=short_grids(4)))
     assert plan_of(build_swin(), centered, swin_images).passes["input centers"] == 1

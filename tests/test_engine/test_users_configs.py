@@ -24,8 +24,8 @@ from apq_mmdet.engine.quantized_config import quantized_config, standalone_confi
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.files import write_json
 from apq_mmdet.layers import packed_state_dict, quantize_model
+from apq_mmdet.layers.activation_checkpointing import disable_activation_checkpointing
 from apq_mmdet.models.detectors import QuantizedDetector
-from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
 from apq_mmdet.registry import MODELS
 from apq_mmdet.report import summary_line
 

@@ -14,11 +14,11 @@ from support_table import CONFIGS, seeded_detector, small_config
 from apq_mmdet.calibration import calibrate
 from apq_mmdet.calibration.blocks import tensors_of
 from apq_mmdet.layers import float_only, quantize_model
+from apq_mmdet.layers.activation_checkpointing import disable_activation_checkpointing
 from apq_mmdet.layers.attention import ProductMultiheadAttention
 from apq_mmdet.models import detection_task
 from apq_mmdet.models.distillation import NeckTask, WeightedDenseTask
 from apq_mmdet.models.losses import prepare
-from apq_mmdet.models.mmdet_layers import disable_activation_checkpointing
 from apq_mmdet.models.set_prediction import MaskTask, QueryTask
 
 register_all_modules()

@@ -27,6 +27,28 @@ def test_compiled_bits_are_those_of_the_plain_formula():
         assert torch.equal(found, (quantizer.encode(x) - quantizer.per_element(quantizer.zero_point, x)).float())
 
 
+def test_any_layout_of_operands_is_no_failure_of_the_compiler(monkeypatch):
+    """Bounds are tensors on a GPU, queries and keys come permuted, and there are more ranks and sizes than kernels."""
+    traced = []
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **kwargs: compiled(
+            function, dynamic=True, backend=lambda graph, _: traced.append(graph) or graph.forward
+        ),
+    )
+    fused = Fused(shifted_codes.function, devices=("cpu",))
+    low, high = torch.full((1,), -3.0), torch.full((1,), 12.0)
+    for shape in ((6,), (3, 5), (4, 3, 5), (2, 4, 3, 5), (2, 2, 4, 3, 5), (1, 3), (3, 1), (1, 1, 3), (2, 1, 3), (7, 2)):
+        for x in (torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))):
+            want = torch.clamp(torch.round(x / 0.3), -3, 12)
+            assert torch.equal(fused(x, torch.full((1,), 0.3), low, high), want)
+    assert not fused._failed
+    assert traced
+    assert all("out" not in node.kwargs for graph in traced for node in graph.graph.nodes)
+
+
 def test_other_devices_run_the_function_as_written():
     calls = []
     fused = Fused(lambda x: calls.append(x) or x + 1)
