@@ -57,7 +57,7 @@ means the same in both; the evaluation afterwards lets it pick its own. The scop
 RoI heads (box heads of any kind but SABL's and those with Seesaw loss; no semantic head beside them), the dense heads
 of RetinaNet, ATSS and RTMDet and plain anchor heads, the heads of Deformable DETR, DINO and DDQ, and those of
 MaskFormer and Mask2Former. Subclasses of these, which may predict other things, and all others are refused;
-scope `backbone` takes any detector of mmdet.
+scope `backbone` takes any detector of mmdet that has a backbone (semi-supervised ones hold detectors instead).
 """
 
 

@@ -134,6 +134,24 @@ def test_a_useless_importance_is_refused(task, message):
         importance_of(quantized(nn.Linear(3, 4)), task, [torch.randn(5, 3)])
 
 
+def test_a_block_that_was_left_float_may_have_no_gradient():
+    """What is not quantized has no errors to weigh."""
+    for overrides in ({}, dict(mine=dict(pattern="0", float=True))):
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+        nn.init.zeros_(model[1].weight)
+        quantize_model(model, Recipe.from_dict(dict(w_bits=4, a_bits=4, overrides=overrides)).policy)
+        with contextlib.nullcontext() if overrides else pytest.raises(CalibrationError, match="is zero at the output"):
+            importance_of(model.eval(), Bowl(), [torch.randn(5, 3)])
+
+
+@pytest.mark.parametrize(("error", "refused"), [(1e-4, False), (1e-5, False), (1e-7, True)])
+def test_how_much_disturbance_is_enough(error, refused):
+    """Eight bits disturb by a thousandth, float32 rounds off a ten-millionth."""
+    teacher = torch.ones(10)
+    with pytest.raises(CalibrationError, match="undisturbed") if refused else contextlib.nullcontext():
+        importance._check_disturbed([teacher * (1 + error)], [teacher], torch.tensor(1.0))
+
+
 def test_a_recipe_chooses_it():
     """The block with two kinds of importance ends with other ranges."""
     factors = {}

@@ -11,7 +11,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from timm.layers import Mlp as TimmMlp
 from torch import nn
 
-from apq_mmdet.calibration import calibrate, mlp_refit
+from apq_mmdet.calibration import calibrate, calibrator, mlp_refit
 from apq_mmdet.calibration.store import CaptureStore
 from apq_mmdet.calibration.units import UnitCall
 from apq_mmdet.errors import BadInputError, CalibrationError
@@ -300,6 +300,9 @@ def test_other_activations_and_float_mlps_stay():
     quantized = {layer for ffn in model[:2] for layer in ffn.modules()}
     make_replaceable(refittable_mlps(model, quantized))
     assert [isinstance(ffn.layers[0][1], ReplaceableActivation) for ffn in model] == [False, True, False]
+    for half in (model[2].layers[0][0], model[2].layers[1]):  # what would refit the other layer to nothing
+        with pytest.raises(BadInputError, match="no quantized MLP with a GELU"):
+            refittable_mlps(model, {half})
     settings = refitting(overrides=dict(mine=dict(pattern="*ffn*", float=True)))
     with pytest.raises(BadInputError, match="no quantized MLP with a GELU"):
         swin(settings)
@@ -321,6 +324,38 @@ def test_an_mlp_in_no_block_is_refused():
     quantize_model(model, settings.policy)
     with pytest.raises(BadInputError, match=r"quant\.mlp_refit: 0 lie in no block"):
         calibrate(model, [torch.randn(5, 4)], settings)
+
+
+@pytest.mark.parametrize("where", ["refit_mlps", "_take_observed_ranges"])
+def test_a_refit_that_is_broken_off_has_changed_weights(where, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    settings = refitting(equalize=0.0)
+    model = swin(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrator, where, fail)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, images(), settings)
+    with pytest.raises(BadInputError, match="has changed its weights"):
+        calibrate(model, images(), settings)
+
+
+def test_tokens_are_drawn_by_the_calibrations_seed(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(calibrator, "refit_mlps", lambda *args: seeds.append(args[-1]))
+    settings = refitting()
+    calibrate(swin(settings), images(), settings, seed=7)
+    assert seeds == [7]
+
+
+def test_an_mlp_without_a_positive_hidden_value_is_refitted_too():
+    settings = refitting()
+    model = swin(settings)
+    with torch.no_grad():
+        model.stages[0].blocks[0].ffn.layers[0][0].bias.fill_(-50)
+    calibrate(model, images(), settings)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_operations_of_a_refit():

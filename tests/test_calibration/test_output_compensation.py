@@ -148,6 +148,10 @@ def test_the_float_function_stays(calibrated):
             module.output_compensation.bias.zero_()
     with torch.no_grad(), float_only(calibrated), float_only(bare):
         assert torch.equal(calibrated(IMAGES[0])[0], bare(IMAGES[0])[0])
+        want = bare(IMAGES[0])[0]
+    observing = copy.deepcopy(calibrated)  # which looks at the float function, too
+    with torch.no_grad(), quantizer_mode(quantizers_of(observing), QuantizerMode.OBSERVE):
+        assert torch.equal(observing(IMAGES[0])[0], want)
     with torch.no_grad():
         assert not torch.equal(calibrated(IMAGES[0])[0], bare(IMAGES[0])[0])
 

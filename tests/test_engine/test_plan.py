@@ -128,8 +128,13 @@ def test_time_and_memory(swin_images):
     assert sum(plan_of(build_swin(), anew, swin_images).passes.values()) == 4 + 1
     more = recipe("apq", importance="perturbation", equalize=1.0, search=dict(rounds=1, grids=short_grids(4)))
     assert plan_of(build_swin(), more, swin_images).passes == {"float pass": 1, "even channels": 3, "gradients": 6}
-    refitted = recipe("aphq", mlp_refit=True, reconstruction=None)
-    assert plan_of(build_swin(), refitted, swin_images).passes["refitted MLPs"] == 2
+    plans = [
+        plan_of(build_swin(), recipe("aphq", mlp_refit=on, reconstruction=None), swin_images) for on in (False, True)
+    ]
+    assert plans[1].passes == {**plans[0].passes, "refitted MLPs": 2}
+    fixed, with_refit = ([block.fixed_operations for block in plan.blocks] for plan in plans)
+    refit = 2 * 1000 * 512 * (8 * 32 * 2 + 32 * 8 * 6)  # steps, tokens, products of one
+    assert [b - a for a, b in zip(fixed, with_refit, strict=True)] == [0, refit, refit]
     tokens = dict(tokens=dict(kind="Linear", input=dict(format="token_affine")))
     centered = recipe("apq", overrides=tokens, search=dict(rounds=1, grids=short_grids(4)))
     assert plan_of(build_swin(), centered, swin_images).passes["input centers"] == 1

@@ -137,3 +137,23 @@ def test_modes_end_with_their_context_whatever_happens_in_it():
     with pytest.raises(KeyError), quantizer_mode(quantizers, QuantizerMode.FLOAT):
         raise KeyError
     assert [quantizer.mode for quantizer in quantizers] == [QuantizerMode.QUANTIZE, QuantizerMode.CODES]
+
+
+def test_what_was_made_for_parameters_goes_with_them():
+    """Bounds of codes follow a zero point that is written to in place, as loading does."""
+    quantizer = AffineQuantizer(2)
+    quantizer.set_parameters(torch.ones(1), torch.tensor([1], dtype=torch.int32))
+    x = torch.tensor([-9.0, 9.0])
+    assert quantizer(x).tolist() == [-1.0, 2.0]
+    quantizer.zero_point.fill_(3)
+    assert quantizer(x).tolist() == [-3.0, 0.0]
+
+
+def test_a_quantizer_that_is_reset_quantizes_again_once_it_is_calibrated():
+    quantizer = AffineQuantizer(2)
+    quantizer.mode, quantizer.fixed = QuantizerMode.FLOAT, torch.zeros(1)
+    quantizer.reset()
+    with pytest.raises(UncalibratedError):
+        quantizer(torch.zeros(1))
+    quantizer.set_parameters(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    assert quantizer(torch.tensor([1.4])).tolist() == [1.0]
