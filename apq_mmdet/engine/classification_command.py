@@ -220,8 +220,8 @@ class ClassificationRun:
     def _save(self, report: CalibrationReport) -> None:
         classes = self.evaluated.classes if self.evaluated else None
         described = {**self.description, "classes": classes, "left_float": report.left_float}
-        save_quantized(self.model, self.work_dir / CHECKPOINT, {META_KEY: described})
         remove_report(self.work_dir)  # of weights that are there no more
+        save_quantized(self.model, self.work_dir / CHECKPOINT, {META_KEY: described})
 
     def _report(self, report: CalibrationReport, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         made = run_report(

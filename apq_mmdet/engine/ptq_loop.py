@@ -186,8 +186,8 @@ class PTQLoop(TestLoop):
         dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
         if dataset_meta:
             meta["dataset_meta"] = map_values(dataset_meta, plain)  # mmengine draws with tuples, not with lists
-        save_quantized(self.model, self.work_dir / CHECKPOINT, meta)
         remove_report(self.work_dir)  # of weights that are there no more
+        save_quantized(self.model, self.work_dir / CHECKPOINT, meta)
         config = standalone_config(self.runner.cfg, report.left_float)
         write_atomic(self.work_dir / CONFIG, config.pretty_text.encode())
         write_atomic(self.work_dir / RUN_CONFIG, self.runner.cfg.pretty_text.encode())

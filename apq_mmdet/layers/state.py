@@ -107,8 +107,9 @@ def _before_load(
             quantizer.reset()  # ranges of other weights say nothing of these
         model.weights_changed_by_calibration = False
         for key, value in own.items():
-            if is_added(key):  # float weights have taken up no factors, and nothing is known of their inputs
-                fresh = FRESH.get(key.split(".")[-1])
+            if is_added(key):  # float weights have taken up no factors, and nothing is known of their inputs or errors
+                parts = key.split(".")
+                fresh = torch.zeros_like if OUTPUT_COMPENSATION in parts else FRESH.get(parts[-1])
                 state.setdefault(key, fresh(value) if fresh else value)
         return
     version = int(state[prefix + VERSION_KEY])

@@ -7,7 +7,7 @@ import pytest
 from helpers import CHECKPOINT, ROOT
 from quick_command import RECIPE, quantize
 
-from apq_mmdet.engine import command, ptq_loop
+from apq_mmdet.engine import command
 from apq_mmdet.errors import BadInputError
 
 FLOAT = ROOT / "configs" / "demo" / "mask-rcnn_swin-demo.py"
@@ -73,16 +73,6 @@ def test_the_config_of_a_run_comes_with_its_weights(config, tmp_path, interrupte
     interrupted_at(command.Runner, "test")
     assert quantize(config, tmp_path, "--no-eval") == 1
     assert (tmp_path / "run_config.py").read_text() == "earlier = True\n"
-
-
-@pytest.mark.parametrize(("where", "left"), [("save_quantized", True), ("write_atomic", False)])
-def test_a_report_goes_with_the_weights_that_it_tells_of(config, tmp_path, interrupted_at, where, left):
-    """Where new weights could not be written, that of the old ones stays."""
-    for name in ("quantized.pth", "report.json"):
-        (tmp_path / name).write_text("earlier")
-    interrupted_at(ptq_loop, where)  # behind the weights come the configs
-    assert quantize(config, tmp_path, "--no-eval") == 1
-    assert (tmp_path / "report.json").exists() == left
 
 
 @pytest.mark.parametrize("which", ["config", "base", "checkpoint"])
