@@ -176,6 +176,15 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _named(block: str) -> Iterator[None]:
+    """Context whose errors say which block they are about; they name layers by their place inside of it."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"block {block!r}: {error}") from error
+
+
 def float_pass(
     model: nn.Module,
     blocks: dict[str, nn.Module],
@@ -221,12 +230,13 @@ def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureSto
             calls, module = UnitCalls(store, (name, "whole")), unit_module(block)
             for call in store.inputs(name):
                 calls.add(to_units(block, call))
-            if refitted:
-                refit_mlps(block, module, calls, seed)
-            if even:
-                equalize(block, module, calls, strength, shared)
-            if centered:
-                center_inputs(block, module, calls, strength)
+            with _named(name):
+                if refitted:
+                    refit_mlps(block, module, calls, seed)
+                if even:
+                    equalize(block, module, calls, strength, shared)
+                if centered:
+                    center_inputs(block, module, calls, strength)
             calls.drop()
 
 
@@ -308,7 +318,8 @@ def _finish_blocks(
                 reports.append(BlockReport(name, **kept["report"], resumed=True))
                 bar.skip()
             else:
-                done = _finish_one(blocks[name], name, store, recipe, bar, seed + position)
+                with _named(name):
+                    done = _finish_one(blocks[name], name, store, recipe, bar, seed + position)
                 done["seconds"] = time.perf_counter() - start
                 if states is not None:
                     states.save(name, {"state": _state_of(blocks[name], recipe.changes_weights), "report": done})
@@ -341,7 +352,7 @@ def _finish_one(
     for call in store.take_calls(name, keep_inputs=search.block_input == "quantized"):
         calls.add(sampled_units(block, call, search, seed))
     if not sum(gather(len(calls))):
-        raise CalibrationError(f"block {name!r}: every calibration image gave it an empty input")
+        raise CalibrationError("every calibration image gave it an empty input")
     factors = search_block(module, calls, search.for_block(name), progress)
     if recipe.compensation is not None:
         progress.stage("compensation", _compensated(module))

@@ -260,7 +260,7 @@ def test_nan_in_every_error_is_an_error_with_the_layers_name(monkeypatch):
     settings = recipe("apq", search=dict(grids=short_grids(20)))
     cost = "apq_mmdet.calibration.objectives.HessianObjective.cost"
     monkeypatch.setattr(cost, lambda self, e, g, t: e * float("nan"))
-    with pytest.raises(CalibrationError, match=r"projection.weight: the error of every candidate"):
+    with pytest.raises(CalibrationError, match=r"block 'patch_embed': projection.weight: the error of every candidate"):
         calibrate(quantized_swin(settings), IMAGES, settings)
 
 

@@ -375,5 +375,5 @@ def test_nan_is_refused(monkeypatch):
     monkeypatch.setattr(mlp_refit, "STEPS", 1)
     monkeypatch.setattr(mlp_refit, "CLIPPED_WEIGHT", float("nan"))
     settings = refitting()
-    with pytest.raises(CalibrationError, match=r"refit of MLP 'ffn'.*NaN"):
+    with pytest.raises(CalibrationError, match=r"block 'stages.0.blocks.0': refit of MLP 'ffn'.*NaN"):
         calibrate(swin(settings), images(), settings)

@@ -100,6 +100,32 @@ def test_runs_are_told_in_the_order_of_the_images_whichever_process_has_them(mon
     assert list(layer_runs(nn.Linear(2, 2), as_calls([])).items()) == [("a", 3), ("b", 1), ("c", 1)]
 
 
+class ByKeyword(nn.Module):
+    """A block that gives a layer a keyword argument, which may belong to all of its units together."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 3, stride=2)
+
+    def forward(self, x):
+        return self.up(x, output_size=[10, 9])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_that_is_given_keyword_arguments_is_not_taken_apart(gradients):
+    block = ByKeyword()
+    formats = dict(deconv=dict(kind="ConvTranspose2d", weight=dict(granularity="channel")))
+    quantize_model(block, recipe("minmax", scope="detector", formats=formats).policy)
+    x = torch.randn(5, 2, 4, 4)
+    with float_only(block), torch.no_grad():
+        output = block(x)
+    call = to_units(block, BlockCall((x,), {}, [output], [output], 0))
+    ((layer, alone),) = layer_calls(block, call, [block.up], gradients, runs=1)
+    assert not alone.separable
+    with float_only(block), torch.no_grad():
+        assert torch.equal(layer(*alone.args, **alone.kwargs).reshape(alone.targets.shape), alone.targets)
+
+
 def test_a_convolution_of_one_image_without_a_batch_axis_is_one_unit():
     """Even if it has as many channels as its input: they are no images."""
     block = nn.Sequential(nn.Conv2d(4, 4, 3))

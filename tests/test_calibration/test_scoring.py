@@ -116,6 +116,13 @@ def test_the_first_of_several_that_tie():
     assert TOGETHER > 3
 
 
+def test_a_bound_that_rounding_alone_lifts_above_the_least_error_excludes_nothing():
+    errors = Errors([2.0] * 5 + [1.0, 2.0, 1.0] + [2.0] * 20)
+    errors.masses = dict.fromkeys(SCREENS, 1 + 5e-4)
+    assert best(errors, expected=[3.0] * 7 + [1.0] + [3.0] * 20) == 5
+    assert errors.cost < 20  # it was screened
+
+
 def test_errors_that_are_all_the_same_choose_nothing():
     """Such as those of a layer whose gradient is zero: its lowest factor would clip it for nothing."""
     assert best(Errors([0.0] * 41)) is None

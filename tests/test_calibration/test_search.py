@@ -159,6 +159,23 @@ def test_a_shortlist_of_one_is_the_choice_at_the_layer():
     assert results[0] == results[1]
 
 
+def test_of_shortlisted_candidates_that_tie_the_first_of_the_grid_wins(monkeypatch):
+    settings = recipe("apq", search=dict(grids=short_grids(4), rounds=1, shortlist=3))
+    block, calls = prepared(0, settings)
+    at_layer = torch.tensor([3.0, 1.0, 9.0, 2.0]).double()  # ranked 1, 3, 0
+    at_block = dict(zip(settings.search.factors("Linear"), [5.0, 7.0, 1.0, 5.0], strict=True))
+    monkeypatch.setattr(SlotErrors, "at_module", lambda *_: at_layer)
+    monkeypatch.setattr(
+        SlotErrors, "at_block", lambda _, slot, grid, *__: torch.tensor([at_block[c.factor] for c in grid]).double()
+    )
+    monkeypatch.setattr("apq_mmdet.calibration.search._slots", lambda module, *_: [qkv_input(module)])
+    assert search(block, calls, settings.search) == {"attn.w_msa.qkv.input": next(iter(at_block))}
+
+
+def qkv_input(module):
+    return Slot("attn.w_msa.qkv", module.attn.w_msa.qkv, "input")
+
+
 def test_a_shortlist_is_made_of_what_is_least_at_the_layer_without_elimination():
     objective = dict(type="hessian", eliminate=0.5, eliminate_by="error")
     settings = recipe("apq", search=dict(grids=short_grids(20), rounds=1, objective=objective))

@@ -179,6 +179,17 @@ def test_whole_calls_are_screened_by_their_gradients():
     assert calls.masses() == {share: 25 / 35 if share <= 0.3 else 34 / 35 for share in SCREENS}
 
 
+def test_room_is_needed_for_every_call_by_its_size(monkeypatch):
+    calls = UnitCalls(TensorStore(), "b")
+    for image, rows in enumerate((1, 3)):
+        x = torch.zeros(rows, 4)
+        calls.add(to_units(nn.Linear(4, 4), BlockCall((x,), {}, [x], [x], image)))
+    monkeypatch.setattr(TensorStore, "room", 100)
+    assert calls.has_room_for(25)  # of the first call; the other one takes three times as much
+    assert not calls.has_room_for(26)
+    assert UnitCalls(TensorStore(), "none").has_room_for(101)
+
+
 def test_empty_calls_say_nothing():
     calls = UnitCalls(TensorStore(), "b")
     x = torch.zeros(0, 4)
