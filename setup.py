@@ -16,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["apq_mmdet*"]),
+    packages=[*find_packages(include=["apq_mmdet*"]), "apq_mmdet.recipes"],
+    package_dir={"apq_mmdet.recipes": "configs/_base_/recipes"},  # where an installation without a checkout has them
     # the OpenMMLab stack is deliberately absent: forks with other distribution names must keep working
     install_requires=["numpy", "tqdm"],
     extras_require={"timm": ["timm>=1.0.31"], "dev": ["pytest", "ruff"]},

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,27 @@ class _ConfigState:
         self.state = state
 
 
-def known_globals() -> contextlib.AbstractContextManager[Any]:
-    """Context in which ``weights_only`` loading accepts what training checkpoints hold beside tensors."""
+@contextlib.contextmanager
+def known_globals() -> Iterator[None]:
+    """Context in which every ``torch.load`` is one of ``weights_only``, which accepts what training leaves.
+
+    That holds for what others load, too, whose versions may not ask for it.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        with accepted_globals(_known()):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _known() -> list[Any]:
+    """What training checkpoints hold beside tensors: classes, and (stand-in, name) pairs."""
     core = getattr(np, "_core", None) or np.core
     allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
     allowed += list({type(np.dtype(code)) for code in np.typecodes["All"]})
@@ -137,7 +156,7 @@ def known_globals() -> contextlib.AbstractContextManager[Any]:
     for module in ("builtins", "__builtin__"):
         allowed.append((_history_attribute, f"{module}.getattr"))
         allowed += [(kind, f"{module}.{kind.__name__}") for kind in (dict, list, int, float)]  # factories
-    return accepted_globals(allowed)
+    return allowed
 
 
 def accepted_globals(allowed: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:

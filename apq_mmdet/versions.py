@@ -8,9 +8,9 @@ from importlib import import_module
 # module -> (first version that works, first version that does not)
 SUPPORTED = {
     "torch": ("2.1.0", "3.0.0"),
-    "mmcv": ("2.0.0", "2.3.0"),
+    "mmcv": ("2.0.0", "3.0.0"),
     "mmengine": ("0.10.0", "1.0.0"),
-    "mmdet": ("3.1.0", "4.0.0"),
+    "mmdet": ("3.2.0", "4.0.0"),
 }
 
 

@@ -223,6 +223,26 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path):
         check_target(tmp_path / "file" / "below")
 
 
+class Code:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("asked", [{}, {"weights_only": False}])
+@pytest.mark.parametrize("name", ["TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_no_code_is_run_whatever_others_ask_of_torch(asked, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "0" if "NO" not in name else "1")
+    before = dict(os.environ)
+    torch.save(Code(), "code.pth")
+    with known_globals(), pytest.raises(pickle.UnpicklingError):
+        torch.load("code.pth", **asked)
+    assert not os.path.exists("ran")
+    assert dict(os.environ) == before
+
+
 @pytest.mark.skipif(torch.__version__ < (2, 6), reason="knows no globals by name")
 def test_what_a_caller_allowed_stays_allowed(tmp_path):
     torch.save(HistoryBuffer([1.0], [1]), tmp_path / "x.pth")

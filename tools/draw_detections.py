@@ -42,7 +42,7 @@ def panel(title: str, config: str, checkpoint: str, args: argparse.Namespace) ->
     Raises:
         BadInputError: a float checkpoint for a quantized config.
     """
-    with known_globals():  # of what training leaves beside the weights
+    with known_globals():  # of what training leaves beside the weights; and no code is run
         model = init_detector(config, checkpoint, device=args.device)
     try:
         result = inference_detector(model, args.image)

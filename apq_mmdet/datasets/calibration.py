@@ -40,7 +40,7 @@ class CalibrationImages(Sequence):
     ) -> None:
         self.metainfo = metainfo
         self.ids = [image_id for image_id, _ in images]
-        self.paths = [path for _, path in images]
+        self.paths = [str(path) for _, path in images]
         steps = [step for step in pipeline if "Annotations" not in class_name(step["type"])]
         self._pipeline = Compose(steps)
 

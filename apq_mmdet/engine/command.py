@@ -15,7 +15,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
 from torch import nn
 
-from apq_mmdet.engine.block_states import DESCRIPTION
 from apq_mmdet.engine.checkpoint import CHECKPOINT
 from apq_mmdet.engine.exit_codes import exit_code_of
 from apq_mmdet.engine.float_config import config_files, read_config
@@ -27,11 +26,18 @@ from apq_mmdet.engine.options import (
     check_work_dir,
     chosen_bits,
     merge_options,
+    refuse_foreign_config,
     refuse_idle_keys,
     refuse_overwriting,
 )
-from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG, quantized_config, read_recipe, with_ptq_loop
-from apq_mmdet.engine.run_record import STATES
+from apq_mmdet.engine.quantized_config import (
+    CONFIG,
+    RUN_CONFIG,
+    quantized_config,
+    read_recipe,
+    standalone_config,
+    with_ptq_loop,
+)
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import SCOPES
 from apq_mmdet.report import REPORT
@@ -138,9 +144,13 @@ def build_config(args: argparse.Namespace) -> Config:
     check_outputs(args, given)
     cfg = quantized_config(given, args.recipe, settings)
     merge_options(cfg, args.cfg_options)
-    for key in ("test_dataloader", "test_evaluator"):
-        if not cfg.get(key):
-            raise BadInputError(f"the config has no {key}; its test pipeline prepares calibration images too")
+    if not cfg.get("test_dataloader"):
+        raise BadInputError("the config has no test_dataloader; its test pipeline prepares calibration images too")
+    if not cfg.get("test_evaluator"):
+        if not args.no_eval or args.eval_float:
+            raise BadInputError("the config has no test_evaluator; use --no-eval to quantize without measuring AP")
+        cfg.test_evaluator = []  # a Runner asks for one, of which nothing is built
+    standalone_config(cfg, [])  # whatever cannot be written is told now
     cfg.work_dir = args.work_dir
     cfg.launcher = args.launcher
     cfg.load_from, cfg.resume = None, False
@@ -171,12 +181,7 @@ def check_outputs(args: argparse.Namespace, cfg: Config) -> None:
     out = Path(args.work_dir)
     read = [args.checkpoint, *config_files(cfg), *(config_files(read_recipe(args.recipe)) if args.recipe else [])]
     refuse_overwriting([out / name for name in (CONFIG, RUN_CONFIG, CHECKPOINT, REPORT)], read, "--work-dir")
-    traces = (CHECKPOINT, RUN_CONFIG, REPORT, f"{STATES}/{DESCRIPTION}")
-    if (out / CONFIG).exists() and not any((out / name).exists() for name in traces):
-        raise BadInputError(
-            f"--work-dir {out} holds a {CONFIG} that was not written by a run, and would be replaced: move it, or "
-            f"use another folder"
-        )
+    refuse_foreign_config(out, "--work-dir")
 
 
 def choose_device(device: str | None) -> None:

@@ -8,8 +8,13 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
+from apq_mmdet.engine.block_states import DESCRIPTION
+from apq_mmdet.engine.checkpoint import CHECKPOINT
+from apq_mmdet.engine.quantized_config import CONFIG, RUN_CONFIG
+from apq_mmdet.engine.run_record import STATES
 from apq_mmdet.errors import BadInputError
 from apq_mmdet.policy import MAX_BITS, MIN_BITS, check_bits
+from apq_mmdet.report import REPORT
 
 MOST_SEED = 2**32 - 1  # what numpy takes
 OVERLAP_REMEDY = "; --allow-overlap accepts the AP of seen images"
@@ -49,6 +54,21 @@ def refuse_overwriting(written: Iterable[Path], given: Iterable[str | Path], opt
     for path in given:
         if Path(path).resolve() in targets:
             raise BadInputError(f"{option}: the run would overwrite {path}; write elsewhere")
+
+
+def refuse_foreign_config(folder: Path, option: str) -> None:
+    """Raise BadInputError where ``folder`` holds a config that no run has written, and that one would replace.
+
+    Args:
+        folder: where weights and their config are going to be written.
+        option: that names it.
+    """
+    traces = (CHECKPOINT, RUN_CONFIG, REPORT, f"{STATES}/{DESCRIPTION}")
+    if (folder / CONFIG).exists() and not any((folder / name).exists() for name in traces):
+        raise BadInputError(
+            f"{option} {folder} holds a {CONFIG} that was not written by a run, and would be replaced: move it, or "
+            f"use another folder"
+        )
 
 
 def add_bits(parser: argparse.ArgumentParser) -> None:

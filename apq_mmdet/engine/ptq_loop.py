@@ -75,7 +75,6 @@ class PTQLoop(TestLoop):
         self.seed, self.evaluate, self.eval_float = seed, evaluate, eval_float
         self.checkpoint, self.memory_budget, self.dry_run = checkpoint, memory_budget, dry_run
         self.allow_overlap, self.seen = allow_overlap, 0
-        standalone_config(runner.cfg, [])  # whatever cannot be written is told now
         # what lies on one node may be missing on another
         self.float_meta = refused_together(partial(load_float_weights, self.model, checkpoint))
         check_model(self.model, self.model.recipe)
@@ -109,13 +108,23 @@ class PTQLoop(TestLoop):
             images = calibration_from_folder(runner.cfg, folder, num, self.seed)
         images.check(own_images(len(images)))
         if self.evaluate or self.eval_float:
-            dataset = self.dataloader.dataset
-            evaluated = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
+            evaluated = self._evaluated_paths()
             missing = next((p for p in evaluated if not Path(p).is_file()), None)
             if missing:
                 raise BadInputError(f"evaluation image {missing} does not exist{only_local(missing)}")
             self.seen = count_overlap(images.paths, evaluated, self.allow_overlap, OVERLAP_REMEDY)
         return images
+
+    def _evaluated_paths(self) -> list[str]:
+        dataset = self.dataloader.dataset
+        try:
+            return [str(dataset.get_data_info(index)["img_path"]) for index in range(len(dataset))]
+        except (AttributeError, KeyError) as error:
+            raise BadInputError(
+                f"test_dataloader.dataset ({type(dataset).__name__}) does not tell its images' files by "
+                f"get_data_info(index)['img_path'], as data sets of mmengine do; without them nobody knows whether "
+                f"images of the calibration are evaluated. Use --no-eval to quantize without measuring AP"
+            ) from error
 
     def _describe_run(self) -> dict[str, Any]:
         """What was asked for."""
@@ -182,7 +191,7 @@ class PTQLoop(TestLoop):
         )
 
     def _save(self, report: CalibrationReport) -> None:
-        meta: dict[str, Any] = {META_KEY: self.run_description}
+        meta: dict[str, Any] = {META_KEY: plain(self.run_description)}  # ids of images may be numpy's
         dataset_meta = self.float_meta.get("dataset_meta") or self._dataset_meta()
         if dataset_meta:
             meta["dataset_meta"] = map_values(dataset_meta, plain)  # mmengine draws with tuples, not with lists

@@ -3,6 +3,7 @@
 import ast
 import copy
 from collections.abc import Iterator, Mapping
+from keyword import iskeyword
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -14,6 +15,7 @@ from mmdet.registry import HOOKS
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
+from mmengine.registry import MODELS as ROOT
 from mmengine.registry import Registry
 
 from apq_mmdet.checks import check_choice
@@ -24,7 +26,10 @@ from apq_mmdet.files import map_values
 from apq_mmdet.models.detectors import QuantizedDetector, register_quantized_detectors
 from apq_mmdet.registry import MODELS, SCOPE, class_name
 
-RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_" / "recipes"
+_PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = _PACKAGE / "recipes"  # of an installation; a checkout has them among its configs
+if not RECIPES.is_dir():
+    RECIPES = _PACKAGE.parent / "configs" / "_base_" / "recipes"
 DEFAULT_RECIPE = "apq_plus"
 CONFIG = "config.py"  # in a work dir: of the quantized detector
 RUN_CONFIG = "run_config.py"  # in a work dir: of the run that made it
@@ -36,6 +41,7 @@ COCO_ITEMS = [
 ]
 TYPES = (type, FunctionType, BuiltinFunctionType)
 KNOWN_PACKAGES = ("mmengine", "mmcv", "mmdet", "torch")  # whatever reads a config of mmdet has imported them
+USUAL_SCOPES = (None, "mmengine", "mmdet", SCOPE)
 COCO_PROPOSALS = (100, 300, 1000)  # mmdet's default
 
 
@@ -50,14 +56,11 @@ def read_recipe(name: str) -> Config:
     Raises:
         BadInputError: no such recipe, or a file that defines no ``quant``.
     """
-    known = sorted(path.stem for path in RECIPES.glob("*.py"))
-    if not known and not name.endswith(".py"):
-        raise BadInputError(f"no recipes in {RECIPES}: this is no checkout of apq_mmdet; give a recipe by its path")
     path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
     if not path.is_file():
         if name.endswith(".py"):
             raise BadInputError(f"recipe file {name} does not exist")
-        check_choice(name, known, "--recipe")
+        check_choice(name, sorted(known.stem for known in RECIPES.glob("*.py")), "--recipe")
     recipe = read_config(str(path))
     if not isinstance(recipe.get("quant"), dict):
         raise BadInputError(f"recipe file {path} defines no 'quant' dict")
@@ -91,7 +94,7 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
         found = read_recipe(recipe or DEFAULT_RECIPE)
         quant = {**found.quant.to_dict(), **{key: own[key] for key in KEPT if key in (own or {})}}
         _import_too(cfg, found.get("custom_imports"))
-    cfg.model.type = _quantized_type(cfg.model.type)
+    cfg.model.type = _quantized_type(cfg.model.type, cfg.get("default_scope"))
     cfg.model.quant = {**quant, **settings}
     # averaging weights is for training; in a test, the hook would swap the calibrated model for a copy made before
     cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if not _averages_weights(hook)]
@@ -106,12 +109,18 @@ def quantized_config(cfg: Config, recipe: str | None, settings: dict[str, Any]) 
     return cfg
 
 
-def _quantized_type(kind: str) -> str:
-    """The type of the quantized variant: by the name in mmdet's registry, or by the path of a class that it has not."""
+def _quantized_type(kind: str, scope: str | None) -> str:
+    """The type of the quantized variant: by the name in mmdet's registry, or by the path of a class that it has not.
+
+    Args:
+        kind: the type of the float detector.
+        scope: where a type without one is looked up, the config's ``default_scope``.
+    """
     register_quantized_detectors()  # those of the config's own custom_imports too
     name = class_name(kind)
     try:
-        found = MMDET_MODELS.get(kind) or MODELS.get(f"{SCOPE}.{name}")
+        found = MMDET_MODELS.get(kind) if kind != name or scope in USUAL_SCOPES else ROOT.get(f"{scope}.{kind}")
+        found = found or MMDET_MODELS.get(kind) or MODELS.get(f"{SCOPE}.{name}")
     except Exception as error:  # a path is imported, and code can fail in any way
         raise BadInputError(f"model type {kind!r} cannot be imported: {error.__context__ or error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseDetector)):
@@ -156,10 +165,10 @@ def _name_of(kind: Any) -> str:
 
 
 def _import_too(cfg: Config, imports: dict[str, Any] | None) -> None:
-    """Let a config, and the stand-alone one made from it, import these modules too."""
+    """Let a config, and the stand-alone one made from it, import these modules too, before its own."""
     if imports:
         own = cfg.get("custom_imports") or {"imports": []}
-        named = [part["imports"] for part in (own, imports)]
+        named = [part["imports"] for part in (imports, own)]
         modules = [module for part in named for module in ([part] if isinstance(part, str) else part)]
         cfg.custom_imports = {**imports, **own, "imports": list(dict.fromkeys(modules))}
 
@@ -218,6 +227,9 @@ def _writable(cfg: Config) -> Config:
     kept: dict[str, Any] = {}
     for key, value in cfg.to_dict().items():
         kept[key] = map_values(value, _as_literal)
+        for where, _ in _leaves(kept[key], key):
+            if word := next(filter(iskeyword, where.split(".")), None):  # mmengine writes keys as names
+                raise BadInputError(f"config key {where}: {word!r} is a word of Python's own; give another name")
         strange = next((leaf for leaf in _leaves(kept[key]) if not _is_literal(leaf[1])), None)
         if strange and not strange[0]:  # of no use to a Runner, which reads containers and literals
             del kept[key]
@@ -263,7 +275,7 @@ def standalone_config(cfg: Config, left_float: list[str]) -> Config:
         left_float: names of layers that saw no data and stay float; written down as overrides.
 
     Raises:
-        BadInputError: a value that cannot be written into a file, such as an infinite number.
+        BadInputError: a value that cannot be written into a file, such as an infinite number, or such a key.
     """
     cfg = _writable(cfg)
     cfg.test_cfg = _test_loop(cfg, "TestLoop")

@@ -36,7 +36,8 @@ class QuantizedDetector:
 def register_quantized_detectors() -> None:
     """Register a quantized variant of each detector that mmdet's registry holds by now, under the detector's name.
 
-    One whose detector has been replaced since (``register_module(force=True)``) is replaced too.
+    One whose detector has been replaced since (``register_module(force=True)``) is replaced too. A detector that is
+    quantized already is its own variant.
     """
     for name, cls in MMDET_MODELS.module_dict.items():
         if not (isinstance(cls, type) and issubclass(cls, BaseDetector)) or cls is BaseDetector:
@@ -47,18 +48,18 @@ def register_quantized_detectors() -> None:
 def register_by_path(path: str) -> None:
     """Register the quantized variant of a detector under the path of its class, if there is such a class.
 
-    mmdet's own have names; a class that is quantized already is its own variant.
+    mmdet's own have names.
     """
     cls = None if path.startswith("mmdet.") else get_object_from_string(path)
-    if isinstance(cls, type) and issubclass(cls, QuantizedDetector):
-        MODELS.register_module(name=path, module=cls, force=True)
-    elif isinstance(cls, type) and issubclass(cls, BaseDetector):
+    if isinstance(cls, type) and issubclass(cls, BaseDetector | QuantizedDetector):
         _register(path, cls)
 
 
 def _register(name: str, cls: type[BaseDetector]) -> None:
     known = MODELS.module_dict.get(name)
-    if known is None or (known.__module__ == __name__ and cls not in known.__bases__):  # none of a user's own
+    if issubclass(cls, QuantizedDetector):
+        MODELS.register_module(name=name, module=cls, force=True)
+    elif known is None or (known.__module__ == __name__ and cls not in known.__bases__):  # none of a user's own
         doc = f"{name} with quantized layers; see QuantizedDetector."
         own_name = name.replace(".", "_")
         quantized = type(own_name, (QuantizedDetector, cls), {"__doc__": doc, "__module__": __name__})

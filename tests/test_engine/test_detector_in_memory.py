@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 from unittest.mock import patch
 
+import mmdet
 import numpy as np
 import pytest
 import torch
@@ -117,3 +118,61 @@ def test_heads_that_no_task_runs_are_refused_in_scope_detector(model, handed):
         quantize_detector(model, IMAGES, "minmax", scope="detector")
     assert not handed
     assert not list(quantized_layers(model))
+
+
+def dino() -> dict[str, Any]:
+    """mmdet's own, small."""
+    cfg = Config.fromfile(f"{mmdet.__path__[0]}/.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py").model
+    cfg.backbone = dict(FCOS["backbone"], depths=(1, 1), out_indices=(0, 1))
+    cfg.neck.in_channels = [8, 16]
+    cfg.neck.num_outs = cfg.num_feature_levels = 2
+    for part, layers in (("encoder", 1), ("decoder", 2)):
+        cfg[part].num_layers = layers
+        attention = cfg[part].layer_cfg["self_attn_cfg" if part == "encoder" else "cross_attn_cfg"]
+        attention.num_levels = 2
+    cfg.num_queries = 10
+    return cfg
+
+
+def test_the_config_is_that_from_which_a_detr_was_built(handed):
+    """Whose constructors write into the configs of their parts what they refuse to find there."""
+    cfg = Config(dict(model=dino()))
+    built = MODELS.build(cfg.model)
+    built.cfg = cfg
+    assert cfg.model.bbox_head.num_pred_layer == 3
+    assert cfg.model.dn_cfg.embed_dims == 256
+    quantize_detector(built, IMAGES, "minmax")
+    assert not {"share_pred_layer", "num_pred_layer", "as_two_stage"} & set(built.cfg.model.bbox_head)
+    assert hasattr(MODELS.build(built.cfg.model), "quantization_table")
+
+
+def test_a_config_from_which_no_detector_can_be_built_is_refused_before_the_work(model, handed):
+    model.cfg = Config(dict(model=dict(FCOS, bbox_head=dict(FCOS["bbox_head"], no_such_argument=1))))
+    with pytest.raises(BadInputError, match=r"no quantized detector can be built, .*no_such_argument"):
+        quantize_detector(model, IMAGES, "minmax")
+    assert not handed
+    assert not list(quantized_layers(model))
+
+
+@pytest.fixture
+def saved(model, handed, monkeypatch):
+    """A quantized detector whose checkpoint is an empty file."""
+    quantize_detector(model, IMAGES, "minmax")
+    model.dataset_meta = {}
+    monkeypatch.setattr(detector, "save_quantized", lambda model, path, meta: path.touch())
+    return model
+
+
+def test_a_config_of_the_users_is_not_replaced(saved, tmp_path):
+    (tmp_path / "config.py").write_text("mine = 1\n")
+    with pytest.raises(BadInputError, match=r"save_detector .* holds a config.py that was not written by a run"):
+        save_detector(saved, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
+
+
+def test_nothing_of_other_weights_stays_beside_what_is_saved(saved, tmp_path):
+    save_detector(saved, tmp_path)
+    for name in ("report.json", "run_config.py"):
+        (tmp_path / name).touch()
+    save_detector(saved, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"quantized.pth", "config.py"}
