@@ -269,6 +269,17 @@ def test_apq_plus_multiplies_signed_queries_and_keys_and_unsigned_attention_maps
             dict(search=dict(objectives=dict(heads=dict(pattern="*", type="msa")))),
             r"quant\.search\.objectives\.heads: unknown type 'msa'",
         ),
+        ("aphq", dict(compensation=dict()), r"quant\.compensation\.weighted weighs layers' tokens by gradients"),
+        (
+            "aphq",
+            dict(search=dict(metric="module", objective=dict(type="hessian"))),
+            r"quant\.search\.metric 'module' judges layers by gradients",
+        ),
+        (
+            "aphq",
+            dict(search=dict(metric="module", objectives=dict(a=dict(pattern="*head*", type="hessian")))),
+            r"quant\.search\.metric 'module' judges layers by gradients",
+        ),
         ("aphq", dict(importance="perturbed"), r"quant\.importance: unknown value 'perturbed'; .*'perturbation'"),
     ],
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
@@ -59,6 +60,11 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def outputs_of(tree: Any) -> list[Tensor]:
+    """The outputs whose errors count: the floating-point tensors of what a block gives, not indices or masks."""
+    return [tensor for tensor in tensors_of(tree) if tensor.is_floating_point()]
+
+
 def bytes_of(tree: Any) -> int:
     """Size of the tensors of nested tuples, lists and dicts."""
     return sum(tensor.nbytes for tensor in tensors_of(tree))
@@ -70,7 +76,7 @@ class BlockCall:
 
     Attributes:
         args, kwargs: what the block was called with.
-        outputs: the tensors of its float output.
+        outputs: see ``outputs_of``; of the float block.
         grads: importance of each output, mostly a gradient of the calibration loss (``importance.py``); same shapes.
             None where nothing asks for it.
         image: index of the image.
@@ -107,13 +113,13 @@ def watch_blocks(
     The forward of a block raises CalibrationError where it changes a tensor that it was given, because what ``see`` is
     told would not be what the block had been called with.
     """
-    given: dict[str, list[int]] = {}
+    given: dict[str, list[tuple[Tensor, int | Tensor]]] = {}
 
     def before(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        given[name] = _versions(args, kwargs)
+        given[name] = [(tensor, _state(tensor)) for tensor in tensors_of((args, kwargs))]
 
     def after(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if _versions(args, kwargs) != given.pop(name):
+        if any(_is_changed(tensor, state) for tensor, state in given.pop(name)):
             raise CalibrationError(f"block {name!r} changes its input in place; let it work on a copy (inplace=False)")
         return see(name, args, kwargs, output)
 
@@ -123,6 +129,12 @@ def watch_blocks(
         yield
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """How often each tensor has been changed in place; tensors of inference mode do not say."""
-    return [tensor._version for tensor in tensors_of((args, kwargs)) if not tensor.is_inference()]
+def _state(tensor: Tensor) -> int | Tensor:
+    """How often a tensor has been changed in place; a copy of one of inference mode, which does not say."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _is_changed(tensor: Tensor, before: int | Tensor) -> bool:
+    if isinstance(before, int):
+        return tensor._version != before
+    return not torch.allclose(tensor, before, rtol=0, atol=0, equal_nan=True)

@@ -90,7 +90,9 @@ def calibrate(
             "this recipe needs gradients, which torch.inference_mode() forbids: calibrate outside of it"
         )
     captures = CaptureStore(capture_dir, memory_budget // HELD)
-    with evaluating(model), _all_or_nothing(model), float32_precision(), captures as store, torch.no_grad():
+    devices = (quantizer.scale.device for quantizer in quantizers_of(model))
+    precision = float32_precision(next(devices, torch.device("cpu")))
+    with evaluating(model), _all_or_nothing(model), precision, captures as store, torch.no_grad():
         for quantizer in quantizers_of(model):
             quantizer.use_observer(recipe.observer)
         float_pass(model, blocks if recipe.search else {}, samples, task, store)
@@ -99,7 +101,7 @@ def calibrate(
             _refuse_uncalled(blocks, store)
         refit = recipe.policy.mlp_refit
         model.weights_changed_by_calibration = refit or recipe.equalize > 0  # until both sides of a factor are changed
-        _transform(model, blocks, store, recipe.equalize, seed)
+        _transform(model, blocks, store, recipe, seed)
         model.weights_changed_by_calibration = refit
         _take_observed_ranges(model)
         reports: list[BlockReport] = []
@@ -215,12 +217,12 @@ def float_pass(
     share_observed(inputs)
 
 
-def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureStore, strength: float, seed: int) -> None:
+def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureStore, recipe: Recipe, seed: int) -> None:
     """Refit MLPs, make the channels of every block more even, and find their centers.
 
     But for the refit, blocks keep their float function.
     """
-    shared = _shared_parameters(model)
+    shared, strength = _shared_parameters(model), recipe.equalize
     for name in tqdm(store.order(), desc="transform", unit="block", disable=not is_main_process()):
         block = blocks[name]
         even = strength > 0 and bool(rescalings_of(block))
@@ -236,7 +238,7 @@ def _transform(model: nn.Module, blocks: dict[str, nn.Module], store: CaptureSto
                 if even:
                     equalize(block, module, calls, strength, shared)
                 if centered:
-                    center_inputs(block, module, calls, strength)
+                    center_inputs(block, module, calls, strength, recipe.compensation is not None)
             calls.drop()
 
 

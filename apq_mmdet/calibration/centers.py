@@ -13,6 +13,7 @@ from apq_mmdet.calibration.units import UnitCalls
 from apq_mmdet.errors import CalibrationError
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
 
+FLATTEST = 0.01  # of a channel's power: what varies less counts as varying so much
 MIGRATION = 0.75  # what SmoothQuant uses for activations that are hard to quantize
 
 
@@ -22,13 +23,15 @@ def centered_layers(block: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 @torch.no_grad()
-def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: float) -> None:
+def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strength: float, compensated: bool) -> None:
     """Fit ``input_centers`` and, where a layer has them, ``input_factors`` to the tokens of the float inputs.
 
     Centers are the means of the channels: what is left is what sets a token apart. Factors are
     ``(sd_j^a / |W_j|^(1 - a)) ** strength`` with a = 0.75, up to a common one: SmoothQuant's migration (arXiv
     2211.10438, equation 4), with the standard deviation of a channel and the norm of the weights behind it where the
-    paper takes largest values. So a channel whose errors weigh more gets finer steps.
+    paper takes largest values. So a channel whose errors weigh more gets finer steps. What this cuts from the weights
+    behind a channel costs its mean, too, unless a compensated bias makes up for it: elsewhere a deviation counts as at
+    least a tenth of the channel's root mean square.
 
     In a distributed run every process calls this and does the same; sums are added in the order of the images.
 
@@ -37,6 +40,7 @@ def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strengt
         module: its view of units, or itself; maps the calls' inputs to their outputs.
         calls: float inputs on this process' images.
         strength: 0 leaves the factors alone.
+        compensated: whether a compensation follows.
 
     Raises:
         CalibrationError: an input is NaN or infinite.
@@ -48,7 +52,8 @@ def center_inputs(block: nn.Module, module: nn.Module, calls: UnitCalls, strengt
         layer, mean, power = layers[name], total / tokens.clamp_min(1), squares / tokens.clamp_min(1)
         if layer.input_factors is not None:
             variance = power - mean.square()
-            deviation = variance.where(variance > LEAST_VARIATION * power, 0.0).sqrt()
+            least = 0.0 if compensated and layer.bias is not None else FLATTEST
+            deviation = torch.maximum(variance, least * power).where(variance > LEAST_VARIATION * power, 0.0).sqrt()
             columns = layer.weight.double().norm(dim=0).cpu()  # [channels]
             factors = balancing_factors(deviation**MIGRATION / columns ** (1 - MIGRATION), strength)
             InputRescaling(name, layer).divide(factors)

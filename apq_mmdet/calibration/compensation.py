@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import SeenEnough, tensors_of
+from apq_mmdet.calibration.blocks import SeenEnough, outputs_of
 from apq_mmdet.calibration.columns import TOKENS, columns_of, has_columns, positions_of
 from apq_mmdet.calibration.distributed import by_shard, take_from_first
 from apq_mmdet.calibration.replay import fixed_weights, layer_runs
@@ -230,7 +230,7 @@ def _watched(
 
     rows = None
     with contextlib.suppress(SeenEnough), layer.register_forward_hook(hook):
-        rows = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
+        rows = rows_of(outputs_of(module(*tile.args, **tile.kwargs)), len(tile.targets))
     return inputs, outputs, rows
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from apq_mmdet.calibration.blocks import tensors_of, watch_blocks
+from apq_mmdet.calibration.blocks import outputs_of, tensors_of, watch_blocks
 from apq_mmdet.calibration.distributed import gather, own_images
 from apq_mmdet.calibration.memory import release_freed
 from apq_mmdet.calibration.store import CaptureStore
@@ -63,15 +63,20 @@ class FeatureTask(CalibrationTask):
 
     def teacher(self, model: nn.Module, sample: Any) -> tuple[Any, Any]:
         """See the base class; apart from ``student``, which a subclass may change."""
-        return model(sample), None
+        return model(_copy(sample)), None
 
     def student(self, model: nn.Module, sample: Any, context: Any) -> Any:
         """See the base class."""
-        return model(sample)
+        return model(_copy(sample))
 
     def loss(self, student: Any, teacher: Any, context: Any) -> Tensor:
         """See the base class."""
         return feature_loss(student, teacher)
+
+
+def _copy(sample: Any) -> Any:
+    """A sample that a model may change in place: others of its runs are given it, too."""
+    return tree_map_only(Tensor, torch.clone, sample)
 
 
 def feature_loss(student: Any, teacher: Any) -> Tensor:
@@ -205,7 +210,7 @@ def _gradients(
             output,
         )
         key = name, sum(1 for block, _ in outputs if block == name)
-        outputs[key] = tensors_of(tracked)
+        outputs[key] = outputs_of(tracked)
         # a copy, because what follows may modify it in place
         return tree_map_only(Tensor, lambda t: shift(t.clone()), tracked)
 
@@ -214,14 +219,13 @@ def _gradients(
         loss = task.loss(student, teacher, context)
         scaled = loss * GRADIENT_SCALE
     _check_disturbed(student, teacher, loss)
-    flat = [t for tensors in outputs.values() for t in tensors if t.requires_grad]  # others are no floats
+    flat = [t for tensors in outputs.values() for t in tensors]
     # on some images what is weighed may have no say, such as a head without RoIs
     told = torch.autograd.grad(scaled, flat, allow_unused=True) if scaled.requires_grad else [None] * len(flat)
     grads = iter(told)
-    found = {key: [next(grads) if t.requires_grad else None for t in tensors] for key, tensors in outputs.items()}
     result = {
-        key: [torch.zeros_like(t) if g is None else g for t, g in zip(outputs[key], of_call, strict=True)]
-        for key, of_call in found.items()
+        key: [torch.zeros_like(t) if (grad := next(grads)) is None else grad for t in tensors]
+        for key, tensors in outputs.items()
     }
     for (name, _), block_grads in result.items():
         if not all(bool(g.isfinite().all()) for g in block_grads):

@@ -101,12 +101,12 @@ def _rectified_sigmoid(sigmoid: Tensor) -> Tensor:
 
 
 def _codes_around(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
-    """The codes below and above each weight, int32; equal where one of them is out of range."""
+    """The codes below and above each weight, int32; equal where one is out of range, and in all-zero groups."""
     quantizer, weight = layer.quantizers["weight"], layer.weight.detach()
     below = torch.floor(weight / quantizer.per_element(quantizer.scale, weight)).to(torch.int32)
     below += quantizer.per_element(quantizer.zero_point, weight)
     below, above = (codes.clamp_(quantizer.code_min, quantizer.code_max) for codes in (below, below + 1))
-    return below, above
+    return below, torch.where(_zeros(quantizer, weight), below, above)
 
 
 def _neighbours(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,12 +165,19 @@ class LearnedCodes(Learned):
 
 
 def _codes_and_room(layer: QuantizedLayer) -> tuple[Tensor, ...]:
-    """Codes less the zero point, how far they can go down and up, and the scale: the weight's dtype, [weights] each."""
+    """Codes less the zero point, how far they may go down and up, and the scale: the weight's dtype, [weights] each."""
     quantizer, weight = layer.quantizers["weight"], layer.weight.detach()
     zero_point = quantizer.per_element(quantizer.zero_point, weight)
     codes, scale = quantizer.encode(weight), quantizer.per_element(quantizer.scale, weight)
-    parts = (codes - zero_point, quantizer.code_min - codes, quantizer.code_max - codes, scale)
+    room = (quantizer.code_min - codes, quantizer.code_max - codes)
+    room = (part.masked_fill(_zeros(quantizer, weight), 0) for part in room)
+    parts = (codes - zero_point, *room, scale)
     return tuple(part.to(weight.dtype).expand_as(weight).flatten() for part in parts)
+
+
+def _zeros(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    """Which weights are of an all-zero group, against the weight: codes of theirs would be steps of any size."""
+    return quantizer.per_element(quantizer.zero_groups(weight), weight)
 
 
 def _split_like(flat: Tensor, layers: list[QuantizedLayer]) -> list[Tensor]:

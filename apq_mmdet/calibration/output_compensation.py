@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.blocks import outputs_of
 from apq_mmdet.calibration.distributed import by_shard, take_from_first
 from apq_mmdet.calibration.units import Batch, UnitCall, UnitCalls, rows_of, shards
 from apq_mmdet.errors import CalibrationError
@@ -59,7 +59,7 @@ def fit_output_compensation(block: nn.Module, module: nn.Module, calls: UnitCall
 def _sums(module: nn.Module, tile: UnitCall) -> Tensor:
     """With z = (x, 1), the sums over tokens of z z^T and of (y - y_q) z^T, stacked: float64 [2 C + 1, C + 1]."""
     x = input_of(module, tile.args, tile.kwargs).flatten(0, -2)  # [tokens, C]
-    outputs = rows_of(tensors_of(module(*tile.args, **tile.kwargs)), len(tile.targets))  # [U, E]
+    outputs = rows_of(outputs_of(module(*tile.args, **tile.kwargs)), len(tile.targets))  # [U, E]
     missing = (tile.targets - outputs).reshape(x.shape).double()
     counts = x.ne(0).any(1, keepdim=True)  # padding does not
     z = torch.cat([x, torch.ones_like(x[:, :1])], 1).double() * counts

@@ -75,13 +75,16 @@ class QuantizedInputs:
 
     @contextlib.contextmanager
     def _replayed(self, image: int) -> Iterator[None]:
+        own = {name: vars(self._blocks[name]).get("forward") for name in self._finished}  # which a user may have set
         for name in self._finished:
-            self._blocks[name].__dict__["forward"] = self._replay(name, image)
+            vars(self._blocks[name])["forward"] = self._replay(name, image)
         try:
             yield
         finally:
-            for name in self._finished:
-                del self._blocks[name].__dict__["forward"]
+            for name, forward in own.items():
+                del vars(self._blocks[name])["forward"]
+                if forward is not None:
+                    vars(self._blocks[name])["forward"] = forward
 
     def _replay(self, name: str, image: int) -> Any:
         number = self._store.number_of_calls(name, image)

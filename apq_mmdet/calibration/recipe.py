@@ -148,7 +148,7 @@ class Recipe:
         on_unseen: what becomes of a layer with a quantizer that saw no data: 'error', or left 'float'.
         observer: how activation ranges follow from data, 'minmax' or 'percentile'.
         importance: what weighs the errors of block outputs: the gradient at the 'disturbed' model, or its change under
-            a 'perturbation'.
+            a 'perturbation', which says nothing about layers inside of blocks.
         equalize: strength of the rescalings that make channels even before anything else; 0 for none.
         compensation: what weights make up for after the search of their block, or None.
         reconstruction: what is learned after that, in this order.
@@ -212,7 +212,27 @@ class Recipe:
             raise BadInputError(
                 f"quant.mlp_refit needs whole blocks: quant.search.windows is {searched.windows}, not 0"
             )
-        return cls(name=quant.get("recipe", "custom"), policy=policy, search=searched, **given)
+        recipe = cls(name=quant.get("recipe", "custom"), policy=policy, search=searched, **given)
+        _refuse_pulled_back(recipe)
+        return recipe
+
+
+def _refuse_pulled_back(recipe: Recipe) -> None:
+    """A difference of gradients at a block's output says nothing about the layers inside, as a gradient does."""
+    if recipe.importance != "perturbation":
+        return
+    if recipe.compensation is not None and recipe.compensation.weighted:
+        raise BadInputError(
+            "quant.compensation.weighted weighs layers' tokens by gradients, and quant.importance 'perturbation' is "
+            "none: use weighted=False, or importance 'disturbed'"
+        )
+    objectives = [recipe.search.objective, *recipe.search.objectives.values()]
+    kinds = [{key: value for key, value in config.items() if key != "pattern"} for config in objectives]
+    if recipe.search.metric == "module" and any(build_objective(kind).needs_gradients for kind in kinds):
+        raise BadInputError(
+            "quant.search.metric 'module' judges layers by gradients, and quant.importance 'perturbation' is none: use "
+            "metric 'block', an objective of type 'mse', or importance 'disturbed'"
+        )
 
 
 def _refuse_unfound_factors(policy: Policy, equalize: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.blocks import outputs_of
 from apq_mmdet.calibration.distributed import gather, take_from_first
 from apq_mmdet.calibration.learned import (
     Learned,
@@ -199,7 +199,7 @@ def _mean_terms(module: nn.Module, calls: UnitCalls, weighting: str) -> Tensor:
 
 def _terms(module: nn.Module, call: UnitCall, weighting: str) -> Tensor:
     """The terms of the loss, summed over the units of a call, [terms]."""
-    outputs = rows_of(tensors_of(module(*call.args, **call.kwargs)), len(call.targets))  # [U, E]
+    outputs = rows_of(outputs_of(module(*call.args, **call.kwargs)), len(call.targets))  # [U, E]
     return torch.stack(WEIGHTINGS[weighting](outputs - call.targets, call.grads))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from apq_mmdet.calibration.blocks import SeenEnough, hooked, tensors_of
+from apq_mmdet.calibration.blocks import SeenEnough, hooked, outputs_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.units import UnitCall, UnitCalls, rows_of
 from apq_mmdet.layers.base import QuantizedLayer, float_only, quantized_layers
@@ -87,7 +87,7 @@ def layer_calls(
         float_only(block),
         _constant_parameters(block),
     ):
-        output = rows_of(tensors_of(block(*call.args, **call.kwargs)), len(call.targets))
+        output = rows_of(outputs_of(block(*call.args, **call.kwargs)), len(call.targets))
     outputs = [layer_output for *_, layer_output in seen]
     grads: tuple[Tensor | None, ...] = (None,) * len(outputs)
     if gradients:

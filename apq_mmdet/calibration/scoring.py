@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apq_mmdet.calibration.blocks import tensors_of
+from apq_mmdet.calibration.blocks import outputs_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.calibration.objectives import Objective
 from apq_mmdet.calibration.tape import Replays, flushed_denormals
@@ -116,7 +116,7 @@ def _candidate_outputs(
 ) -> Iterator[Tensor]:
     """The module's output on the tile that starts at a unit for each candidate, [units, elements]."""
     for output in replays.outputs(parameters, start, tile.args, tile.kwargs):
-        yield rows_of(tensors_of(output), len(tile.targets))
+        yield rows_of(outputs_of(output), len(tile.targets))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mmengine.dist import get_world_size
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from apq_mmdet.calibration.blocks import BlockCall, bytes_of, tensors_of
+from apq_mmdet.calibration.blocks import BlockCall, bytes_of, outputs_of
 from apq_mmdet.calibration.distributed import gather
 from apq_mmdet.errors import CalibrationError
 
@@ -24,7 +24,7 @@ class TensorStore:
     """Nested tuples, lists and dicts of tensors by key; memory stays within a budget, whatever is put in.
 
     Tensors are copied when they are put in. What fits in the budget stays in memory on its device; the rest goes to
-    files in a temporary folder that goes with the context.
+    files in a temporary folder that goes with the context, and comes back to its device.
 
     Args:
         parent: existing folder to make the temporary one in; None for the system's.
@@ -32,10 +32,12 @@ class TensorStore:
     """
 
     def __init__(self, parent: str | Path | None = None, memory: int = 0) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_", dir=parent)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="apq_capture_", dir=parent, ignore_cleanup_errors=True
+        )  # what is left of it is no reason to lose a calibration
         self._is_given = parent is not None
         self._memory = memory
-        self._structure: dict[Hashable, tuple[TreeSpec, list[Any], torch.device]] = {}
+        self._structure: dict[Hashable, tuple[TreeSpec, list[Any], list[torch.device]]] = {}
         self._held: dict[Hashable, list[Tensor]] = {}
         self._files: dict[Hashable, Path] = {}
         self._written = 0
@@ -61,8 +63,8 @@ class TensorStore:
         self.drop(key)
         leaves, spec = tree_flatten(tree)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        self._structure[key] = (spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], device)
+        kept = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._structure[key] = (spec, kept, [tensor.device for tensor in tensors])
         size = bytes_of(tensors)
         if size <= self._memory:
             self._memory -= size
@@ -86,10 +88,10 @@ class TensorStore:
 
     def get(self, key: Hashable) -> Any:
         """The tree of a key; its tensors must not be modified."""
-        spec, leaves, device = self._structure[key]
+        spec, leaves, devices = self._structure[key]
         if key in self._files:
             tensors = torch.load(self._files[key], mmap=True, weights_only=True)
-            tensors = [t.to(device) for t in tensors]
+            tensors = [t.to(device) for t, device in zip(tensors, devices, strict=True)]
         else:
             tensors = self._held.get(key, [])
         left = iter(tensors)
@@ -142,7 +144,13 @@ class CaptureStore(TensorStore):
             self._sequences.setdefault(image, []).append(block)
         calls.append((image, index))
         self.put((block, image, index, "input"), (args, kwargs))
-        self.put((block, image, index, "output"), tensors_of(output))
+        outputs = outputs_of(output)
+        if not outputs:
+            raise CalibrationError(
+                f"block {block!r} gives no floating-point numbers that could tell how wrong it is; leave it float with "
+                f"an override"
+            )
+        self.put((block, image, index, "output"), outputs)
 
     def replace_input(self, block: str, image: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Exchange the recorded input of a call, keeping its float output, and the float input apart."""

@@ -37,12 +37,20 @@ def integer_precision() -> Iterator[None]:
             _active.pop()
 
 
-def float32_precision() -> contextlib.AbstractContextManager[None]:
-    """Context in which float32 tensors are multiplied as such, also in a GPU's convolutions, whose default is TF32.
+@contextlib.contextmanager
+def float32_precision(device: torch.device) -> Iterator[None]:
+    """Context in which float32 tensors are multiplied as such: without autocast, and without the TF32 of GPUs.
 
-    It takes torch 2.9; older ones keep what the user has set.
+    Against TF32 it takes torch 2.9; older ones keep what the user has set.
+
+    Args:
+        device: of the tensors; others may lie on the CPU.
     """
-    return _set_to([(backend, "ieee") for backend, _ in _BACKENDS])
+    with contextlib.ExitStack() as stack:
+        for kind in {device.type, "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_set_to([(backend, "ieee") for backend, _ in _BACKENDS]))
+        yield
 
 
 @contextlib.contextmanager

@@ -233,6 +233,10 @@ class Quantizer(nn.Module, ABC):
         spread = parameter if size == self.groups else parameter.repeat_interleave(size // self.groups)
         return spread.view(shape)
 
+    def zero_groups(self, x: Tensor) -> Tensor:
+        """Which groups of ``x`` hold nothing but zeros, bool [G]: their scale has no meaning."""
+        return ~self._group_view(x).any(1)
+
     def _group_view(self, x: Tensor) -> Tensor:
         if self.groups == 1:
             return x.reshape(1, -1)

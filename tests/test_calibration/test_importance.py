@@ -188,8 +188,19 @@ def test_outputs_that_are_whole_numbers_or_truths_do_not_count():
         feature_loss([s for s, _ in others], [t for _, t in others])
 
 
+class Index(nn.Module):
+    """A block that gives whole numbers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.layer(x).argmax(-1)
+
+
 class WithIndex(nn.Module):
-    """A model that gives the place of the largest number too, and which are positive."""
+    """A block that gives the place of the largest number too, and which are positive."""
 
     def __init__(self):
         super().__init__()
@@ -200,17 +211,59 @@ class WithIndex(nn.Module):
         return y, y.argmax(-1), y > 0
 
 
-def test_a_model_may_give_whole_numbers_too():
+class WithoutIndex(WithIndex):
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("apq", {}),
+        ("apq", dict(search=dict(objective=dict(type="mse")))),
+        ("aphq", dict(reconstruction=dict(weighting="absolute", iterations=5))),
+        ("qdrop", dict(reconstruction=dict(weighting="none", iterations=5))),
+        ("apq_plus", {}),
+    ],
+)
+def test_a_block_may_give_whole_numbers_too(name, changes, monkeypatch):
     """They change nothing of what a model without them becomes."""
-    settings = recipe("apq", search=dict(grids=short_grids(13), rounds=1))
-    found = []
-    for model in (WithIndex(), nn.Sequential(OrderedDict(layer=nn.Linear(3, 4)))):
+    search = dict(grids=short_grids(13), rounds=1, **changes.get("search", {}))
+    settings = recipe(name, **{**changes, "search": search})
+    found, weights = [], []
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [WithIndex])
+    for model in (WithIndex(), WithoutIndex()):
         with torch.no_grad():
             model.layer.weight.copy_(torch.linspace(-2, 3, 12).view(4, 3))
             model.layer.bias.copy_(torch.linspace(1, -1, 4))
         quantize_model(model, settings.policy)
-        found.append(calibrate(model, [torch.linspace(-3, 5, 60).view(20, 3)], settings).blocks[0].factors)
+        report = calibrate(model, [torch.linspace(-3, 5, 60).view(20, 3)], settings)
+        found.append([(block.factors, block.reconstructions) for block in report.blocks])
+        weights.append(model.layer.weight)
     assert found[0] == found[1]
+    assert torch.equal(*weights)
+
+
+def test_a_block_without_a_floating_point_output_is_named(monkeypatch):
+    monkeypatch.setattr("apq_mmdet.calibration.blocks.BLOCK_CLASSES", [Index])
+    model = nn.Sequential(OrderedDict(index=Index(), last=nn.Embedding(4, 2)))
+    settings = recipe("apq", search=dict(grids=short_grids(3), objective=dict(type="mse")))
+    quantize_model(model, settings.policy)
+    with pytest.raises(CalibrationError, match="block 'index' gives no floating-point numbers"):
+        calibrate(model, [torch.randn(5, 3)], settings)
+
+
+def test_autocast_changes_nothing():
+    """It is the calibration's business which products are computed with how many bits."""
+    settings, weights = recipe("apq_plus", search=dict(grids=short_grids(13))), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        quantize_model(model, settings.policy)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            calibrate(model, [torch.randn(20, 3)], settings)
+        weights.append(torch.cat([model[2].weight.flatten(), model[2].quantizers["input"].scale]))
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(("name", "needs"), [("apq", True), ("brecq", True), ("minmax", False), ("apq_plus", False)])

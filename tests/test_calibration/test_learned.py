@@ -23,6 +23,20 @@ def linear(weight, scale, zero_point, bits=3):
     return to_quantized(layer, {"weight": quantizer})
 
 
+@pytest.mark.parametrize("learned", [LearnedCodes, lambda layers: LearnedRounding(layers, weight=0.0)])
+def test_groups_of_zeros_stay_zeros(learned):
+    """Their step is 1 whatever the other ones are."""
+    layer = linear([[0.0, 0.0, 0.0], [0.02, 0.0, -0.02]], [1.0, 0.02], [0, 2])
+    part = learned([layer])
+    with torch.no_grad():
+        part.values.fill_(9.0)
+        part.use()
+        assert torch.equal(layer.quantizers["weight"].fixed[0], torch.zeros(3))
+        part.write()
+    assert torch.equal(layer.weight[0], torch.zeros(3))
+    assert layer.weight[1, 1] > 0  # a zero among others moves
+
+
 @torch.no_grad()
 def soft(rounding, layer):
     rounding.use()

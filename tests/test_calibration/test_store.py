@@ -1,3 +1,4 @@
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -134,5 +135,17 @@ def test_the_order_of_blocks_is_that_of_their_first_calls_on_an_image():
     with CaptureStore() as store:
         for image, blocks in ((1, ["up", "down", "up", "last"]), (0, ["down", "down"])):
             for block in blocks:
-                store.add_call(block, image, (), {}, None)
+                store.add_call(block, image, (), {}, torch.zeros(1))
         assert store.order() == ["up", "down", "last"]
+
+
+def test_a_folder_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch):
+    """Such as one on a network file system, where something still holds a file."""
+
+    def fail(*_, **__):
+        raise OSError("busy")
+
+    with TensorStore(tmp_path) as store:
+        store.put("x", torch.zeros(3))
+        monkeypatch.setattr(os, "rmdir", fail)
+    assert list(tmp_path.iterdir())

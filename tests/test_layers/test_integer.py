@@ -240,7 +240,7 @@ def precisions():
 
 def test_precision_is_narrow_for_codes_full_around_them_and_put_back():
     before = precisions()
-    with float32_precision():
+    with float32_precision(torch.device("cpu")):
         assert precisions() == ["ieee"] * 4
         with integer_precision():
             assert precisions() == ["bf16", "bf16", "tf32", "tf32"]
