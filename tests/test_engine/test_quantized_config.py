@@ -161,13 +161,13 @@ def test_imports_that_may_fail_still_may():
     cfg = Config.fromfile(FLOAT)
     cfg.custom_imports = dict(imports=["not_there"], allow_failed_imports=True)
     written = standalone_config(cfg, []).custom_imports
-    assert written == dict(imports=["not_there", "apq_mmdet"], allow_failed_imports=True)
+    assert written == dict(imports=["apq_mmdet", "not_there"], allow_failed_imports=True)
 
 
 def test_a_single_import_can_be_given_as_text():
     cfg = Config.fromfile(FLOAT)
     cfg.custom_imports = dict(imports="mine")
-    assert standalone_config(cfg, []).custom_imports == dict(imports=["mine", "apq_mmdet"])
+    assert standalone_config(cfg, []).custom_imports == dict(imports=["apq_mmdet", "mine"])
 
 
 def test_detectors_that_are_registered_later_have_a_quantized_variant():
