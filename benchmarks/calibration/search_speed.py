@@ -92,7 +92,7 @@ def ours(block: nn.Module, calls: list[BlockCall], search: SearchConfig) -> tupl
     for call in calls:
         units.add(to_units(block, call))
     clock = Clock()
-    with float32_precision():  # as in a calibration
+    with float32_precision(torch.device("cpu")):  # as in a calibration
         chosen = search_block(unit_module(block), units, search, clock)
     clock.quantizer("")
     return chosen, {name: s for name, s in clock.seconds.items() if name}
