@@ -32,9 +32,8 @@ class TensorStore:
     """
 
     def __init__(self, parent: str | Path | None = None, memory: int = 0) -> None:
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="apq_capture_", dir=parent, ignore_cleanup_errors=True
-        )  # what is left of it is no reason to lose a calibration
+        # what is left of the folder is no reason to lose a calibration
+        self._folder = tempfile.TemporaryDirectory(prefix="apq_capture_", dir=parent, ignore_cleanup_errors=True)
         self._is_given = parent is not None
         self._memory = memory
         self._structure: dict[Hashable, tuple[TreeSpec, list[Any], list[torch.device]]] = {}

@@ -14,7 +14,7 @@ from apq_mmdet.locks import LOCK, lock
 DESCRIPTION = "run.json"  # in the folder, of the run that its blocks belong to
 FINISHED = "finished"  # in the folder, once all that the blocks are kept for has been written
 CAPTURES = "apq_capture_*"  # folders of captured tensors, which a killed run leaves behind
-FORMAT = 4  # of the files of blocks, and of how their ranges are found; runs do not go on with those of another
+FORMAT = 5  # of the files of blocks, and of how their ranges are found; runs do not go on with those of another
 _LOCKED: dict[Path, IO[str]] = {}  # by this process; closing a file would give its lock back
 
 

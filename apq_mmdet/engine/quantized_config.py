@@ -119,8 +119,8 @@ def _quantized_type(kind: str, scope: str | None) -> str:
     register_quantized_detectors()  # those of the config's own custom_imports too
     name = class_name(kind)
     try:
-        found = MMDET_MODELS.get(kind) if kind != name or scope in USUAL_SCOPES else ROOT.get(f"{scope}.{kind}")
-        found = found or MMDET_MODELS.get(kind) or MODELS.get(f"{SCOPE}.{name}")
+        of_scope = None if kind != name or scope in USUAL_SCOPES else ROOT.get(f"{scope}.{kind}")
+        found = of_scope or MMDET_MODELS.get(kind) or MODELS.get(f"{SCOPE}.{name}")
     except Exception as error:  # a path is imported, and code can fail in any way
         raise BadInputError(f"model type {kind!r} cannot be imported: {error.__context__ or error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseDetector)):
